@@ -1,0 +1,1 @@
+"""Launching jobs, on SLURM or on this machine."""

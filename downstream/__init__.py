@@ -1,0 +1,1 @@
+"""Object discovery, probes and the other measurements of a pretrained backbone."""
