@@ -1,0 +1,70 @@
+"""Model names and arguments that a configuration may use, known without importing torch.
+
+Owns: the names this project registers with timm, and the arguments they take. Both are held equal to the code of the
+models by a test, so that a typing error in a YAML fails at the prompt and not in a queue. Any other name is taken for
+one of timm's own models and checked inside the job.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from configs.section import Section
+
+AKORN_MODELS: tuple[str, ...] = (
+    "akorn_tiny_patch16_256",
+    "akorn_small_patch16_256",
+    "akorn_base_patch16_256",
+    "akorn_large_patch16_256",
+    "akorn_small_patch8_256",
+    "akorn_base_patch8_256",
+    "akorn_clevrtex_l1_patch8_128",
+    "akorn_clevrtex_l2_patch8_128",
+    "akorn_clevrtex_large_patch8_128",
+    "akorn_nano_patch4_32",
+    "akorn_nano_patch4_64",
+)
+AKORN_CONV_MODELS: tuple[str, ...] = (
+    "akorn_conv_nano_patch4_32",
+    "akorn_conv_nano_patch4_64",
+    "akorn_conv_clevrtex_l1_patch8_128",
+)
+ITRSA_MODELS: tuple[str, ...] = tuple(name.replace("akorn", "itrsa", 1) for name in AKORN_MODELS)
+CLASSIFIER_MODELS: tuple[str, ...] = ("akorn_classifier_32", "akorn_classifier_mixed_32")
+OWN_MODELS: tuple[str, ...] = AKORN_MODELS + AKORN_CONV_MODELS + ITRSA_MODELS + CLASSIFIER_MODELS
+
+# What `model.args` may hold for a name of ours; the families share one list of arguments.
+OWN_ARGUMENTS: dict[str, tuple[str, ...]] = {}
+
+Argument = bool | int | float | str | None | list[int] | list[str] | list[float]
+
+
+class Model(Section):
+    """The backbone."""
+
+    name: str = Field(description="a model of this project (docs/models.md) or any name of timm's, e.g. resnet50")
+    args: dict[str, Argument] = Field(
+        default_factory=dict, description="further arguments of timm.create_model, e.g. {T: 16, n: 2}"
+    )
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Model:
+        own = self.name.split(".")[0]
+        if own.startswith(("akorn", "itrsa")) and own not in OWN_MODELS:
+            raise ValueError(f"no model named {self.name!r}" + nearest(own, OWN_MODELS))
+        for family, arguments in OWN_ARGUMENTS.items():
+            if own.startswith(family):
+                for key in self.args:
+                    if key not in arguments:
+                        raise ValueError(f"{self.name} takes no argument {key!r}" + nearest(key, arguments))
+        return self
+
+
+def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
+    """`; did you mean 'x'?` for the choice nearest to `word`, or all choices if none is near and they are few."""
+    import difflib
+
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(choices))}" if len(choices) <= 30 else ""
