@@ -1,0 +1,89 @@
+"""What a run learns: the protocol of a task, and the table of tasks by name.
+
+Owns: everything that the trainer asks of a task. The trainer knows images, losses and labels only through it.
+
+A step is `loss(embed(batch), batch)` over the global batch. The trainer may cut `embed` into chunks of samples and run
+it twice (once without gradients, once per chunk for the backward pass); `loss` always sees the embeddings of all of
+this rank's samples at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from configs.schema import PretrainConfig
+    from pretrain.data.batch import Batch
+
+
+class Task(Protocol):
+    """One way of training a backbone."""
+
+    module: torch.nn.Module
+    """Everything that is trained: the backbone and, say, a projector. Built on the CPU; the engine moves it."""
+
+    backbone: torch.nn.Module
+    """What is exported; a part of `module` or all of it."""
+
+    transform: Any
+    """For the loader: `transform(parts, epoch, sample, key) -> dict of numpy arrays`; picklable and pure."""
+
+    separable: bool
+    """True where the loss is a mean over samples (supervised tasks): `loss` is then called on every chunk by itself."""
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Return the outputs [b, ...] of the samples of a batch or of a part of it.
+
+        Must be a function of the batch and the weights alone: what is random is drawn from the batch's keys, so that a
+        second pass over the same samples, in other chunks, gives the same values. Must call `self.module(...)` itself,
+        once, and no submodule directly: DeepSpeed's hooks hang on it. Runs under bf16 autocast when the run is in bf16.
+        """
+        ...
+
+    def loss(self, embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, a scalar in fp32, and metrics to log: detached scalars on the same device.
+
+        separable: both are means over the samples given, without communication; the trainer averages them over chunks
+        (weighted by their sizes) and ranks. Otherwise collective, called by every rank with the embeddings of all of
+        its samples: both are those of the *global* batch, equal on all ranks, and the gradient with respect to
+        `embeddings` is that of the global loss of one process (the trainer sums parameter gradients over the ranks).
+        """
+        ...
+
+
+def make_task(config: PretrainConfig) -> Task:
+    """Return the task that `config.task` names, with freshly initialised weights (from torch's generator).
+
+    Raises:
+        UserError: the model does not exist or does not fit the task.
+    """
+    makers: dict[str, Callable[[PretrainConfig], Task]] = {
+        "simclr": _make_simclr,
+        "classify": _make_classify,
+        "sudoku": _make_sudoku,
+    }
+    if config.task.name not in makers:
+        raise UserError(f"task.name={config.task.name} is not known; there are {', '.join(makers)}")
+    return makers[config.task.name](config)
+
+
+def _make_simclr(config: PretrainConfig) -> Task:
+    from pretrain.tasks.simclr import Simclr
+
+    return Simclr(config)
+
+
+def _make_classify(config: PretrainConfig) -> Task:
+    from pretrain.tasks.classify import Classify
+
+    return Classify(config)
+
+
+def _make_sudoku(config: PretrainConfig) -> Task:
+    from pretrain.tasks.sudoku import Sudoku
+
+    return Sudoku(config)
