@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -38,9 +38,9 @@ KeyPath = tuple[str | int, ...]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars: only true/false are booleans, 1e-3 is a number, nothing is a date; repeated keys are errors."""
+    """YAML 1.2's scalars: only true/false are booleans, 1e-3 is a number, no dates; repeated keys are errors."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (none of YAML 1.1's; the base class has it so)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -74,7 +74,10 @@ class _Document:
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
-        """Where the key at `path`, or the nearest one above it, was written."""
+        """Where the key at `path` was written: by an override at or below it, in the file, or in the nearest key above."""
+        for place_path, place in self.places.items():
+            if place.startswith("override") and place_path[: len(path)] == path:
+                return place
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
@@ -218,12 +221,21 @@ def _explain(schema: type[Section], document: _Document, item: Any) -> str:
     if item["type"] == "extra_forbidden":
         siblings = _fields_at(schema, item["loc"][:-1])
         return where + "unknown key" + nearest(str(path[-1]), siblings)
+    if item["type"] == "union_tag_invalid":
+        return where + f"{_tag_given(item)!r} is none of {item['ctx']['expected_tags']}"
+    if item["type"] == "union_tag_not_found":
+        return where + "the key `job` is missing; it says what is to be run, e.g. job: object_discovery"
     if item["type"] == "missing":
         return where + "is required and not given"
     if item["type"] == "value_error":
         return where + str(item["ctx"]["error"])
     message = item["msg"][0].lower() + item["msg"][1:]
     return where + f"{message}, not {json.dumps(item['input'], default=str)[:80]}"
+
+
+def _tag_given(item: Any) -> str:
+    value = item["input"]
+    return str(value.get(item["ctx"]["discriminator"].strip("'"), value.get("name"))) if isinstance(value, dict) else ""
 
 
 def _is_tag(part: str | int, data: Any, loc: tuple[str | int, ...]) -> bool:
