@@ -32,12 +32,14 @@ class ObjectDiscoveryConfig(EvaluationConfig):
     """Unsupervised object discovery: group the features of each image, compare with its masks."""
 
     job: Literal["object_discovery"] = "object_discovery"
+    preset: str | None = Field(None, description="protocol of a data set by name (docs/evaluation.md)")
 
 
 class LinearProbeConfig(EvaluationConfig):
     """Linear probe and k-NN on frozen features."""
 
     job: Literal["linear_probe"] = "linear_probe"
+    train: str | None = Field(None, description="labelled shards the probe is trained on")
 
 
 class SudokuConfig(EvaluationConfig):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -74,9 +74,9 @@ class _Document:
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
-        """Where the key at `path` was written: by an override at or below it, in the file, or in the nearest key above."""
+        """Where the key at `path` was written: in an override at or below it, in the file, or in the nearest above."""
         for place_path, place in self.places.items():
-            if place.startswith("override") and place_path[: len(path)] == path:
+            if path and place.startswith("override") and place_path[: len(path)] == path:
                 return place
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:

@@ -1,0 +1,120 @@
+"""The configuration loader: strict YAML, overrides, and errors that say where and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs import UserError, dump, load
+from configs.loader import CONFIG_DIR, find
+
+ROOT = Path(configs.__file__).resolve().parents[1]
+
+MINIMAL = """\
+name: small
+batch_size: 128
+steps: 10
+model:
+  name: akorn_nano_patch4_32
+data:
+  shards: data/train
+views:
+  size: 32
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_of_any_depth(small: Path) -> None:
+    config = load(small, ["optimizer.lr=1e-3", "views.jitter=[0.1, 0.2, 0.3, 0]", "cluster.env.A=b", "init_from=null"])
+    assert config.optimizer.lr == 0.001
+    assert config.views.jitter == (0.1, 0.2, 0.3, 0.0)
+    assert config.cluster.env == {"A": "b"}
+    assert config.init_from is None
+
+
+def test_dump_loads_back_to_the_same(small: Path, tmp_path: Path) -> None:
+    config = load(small, ["downstream=[{job: object_discovery, data: d}]", "model.args={T: 4}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_frozen(small: Path) -> None:
+    config = load(small)
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lrr=1", "did you mean 'lr'"),
+        ("stepss=4", "did you mean 'steps'"),
+        ("downstream=[{job: object_discovery, dat: x}]", "did you mean 'data'"),
+        ("optimizer.lr=fast", 'valid number, not "fast"'),
+        ("optimizer.lr=-1", "greater than 0"),
+        ("batch_size=1.5", "valid integer, not 1.5"),
+        ("batch_size=on", 'not "on"'),
+        ("task.name=simclear", "none of 'simclr', 'classify', 'sudoku'"),
+        ("model.name=akorn_nano_patch4_23", "did you mean 'akorn_nano_patch4_32'"),
+        ("epochs=3", "one of the two"),
+        ("views.scale=[0.5, 0.1]", "rising"),
+        ("name=../outside", "pattern"),
+        ("seed", "expected key=value"),
+        ("seed.x=1", "no keys"),
+    ],
+)
+def test_errors_name_place_and_remedy(small: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(small, ["seed=3", override])
+    assert expected in str(caught.value)
+    assert override in str(caught.value) or str(small) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("seed: 1\nseed: 2\n", "small.yaml:11: the key 'seed' stands twice"),
+        ("optimizer:\n  learning_rate: 1\n", "small.yaml:11: optimizer.learning_rate: unknown key"),
+        ("optimizer: {lr: [}\n", "small.yaml:10: not valid YAML"),
+        ("seed: 2020-01-01\n", "small.yaml:10: seed: input should be a valid integer"),
+    ],
+)
+def test_errors_name_file_and_line(small: Path, line: str, expected: str) -> None:
+    small.write_text(MINIMAL + line)
+    with pytest.raises(UserError) as caught:
+        load(small)
+    assert expected in str(caught.value)
+
+
+def test_bare_names_and_the_nearest_file() -> None:
+    assert find("pretrain") == find("pretrain.yaml") == CONFIG_DIR / "pretrain.yaml"
+    with pytest.raises(UserError, match=r"did you mean 'pretrain\.yaml'"):
+        find("pretrian.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid_and_say_how_to_run_them(path: Path) -> None:
+    load(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"{path.name}" in line and "python cluster/launch.py" in line for line in header)
+    assert any("measured" in line for line in header)
+
+
+def test_loading_imports_no_torch_and_is_quick(small: Path) -> None:
+    code = "import sys, configs; configs.load(sys.argv[1]); sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, str(small)], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert time.perf_counter() - started < 5  # a loaded machine; 0.3 s on an idle one

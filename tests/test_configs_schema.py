@@ -1,0 +1,53 @@
+"""Every key is documented, and the names known without torch are those that the code has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from configs.loader import JOBS, _sections_in
+from configs.models import OWN_ARGUMENTS, OWN_MODELS
+from configs.section import Section
+
+
+def _all_sections(section: type[Section]) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        for child in _sections_in(field.annotation):
+            yield from _all_sections(child)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_key_is_documented(job: str) -> None:
+    for section in _all_sections(JOBS[job]):
+        assert section.__doc__
+        for name, field in section.model_fields.items():
+            plain = not _sections_in(field.annotation) and name not in ("job", "name")
+            assert field.description or not plain, f"{section.__name__}.{name} has no description"
+
+
+def test_model_names_equal_the_registry() -> None:
+    import timm
+
+    import pretrain  # noqa: F401
+
+    registered = [name for prefix in ("akorn*", "itrsa*") for name in timm.list_models(prefix)]
+    assert sorted(registered) == sorted(OWN_MODELS)
+
+
+def test_model_arguments_equal_the_constructors() -> None:
+    import timm
+    import torch
+
+    import pretrain  # noqa: F401
+
+    assert OWN_ARGUMENTS
+    for family, arguments in OWN_ARGUMENTS.items():
+        name = next(name for name in OWN_MODELS if name.startswith(family))
+        with torch.device("meta"):
+            constructor: Any = type(timm.create_model(name))
+        known = set(inspect.signature(constructor).parameters) - {"self", "kwargs"}
+        assert set(arguments) == known
