@@ -1,0 +1,250 @@
+// Average linkage (UPGMA) of many images at once by nearest-neighbour chains, over full distance matrices.
+//
+// The chains are exact because average linkage is reducible: merging two clusters that are each other's nearest never
+// brings them closer to a third. F. Murtagh, "A survey of recent advances in hierarchical clustering algorithms", The
+// Computer Journal 26(4), 1983; D. Muellner, arXiv 1109.2378.
+//
+// What the textbook algorithm spends its time on is writing the *column* of each new cluster: one cache line and one
+// page per row for 8 bytes. Here new clusters take new columns at the end of the rows, and columns are written eight
+// at a time, a whole cache line per row. Rows are searched by whole vectors.
+//
+// Plain C interface without the interpreter's headers, called through ctypes (downstream/linkage.py).
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+using Index = int64_t;
+constexpr double kFar = 1e300;   // the distance of a cluster to itself, and to columns that stand for no cluster
+constexpr Index kLine = 8;       // doubles in a cache line: columns written at a time
+constexpr Index kBlock = 64;     // distances compared at a time: eight vectors of AVX-512
+
+Index round_up(Index value, Index multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Merge {
+  Index first, second;  // a leaf of each of the two clusters
+  double height;
+};
+
+// The clusters of one image. A cluster is a column of the matrix and a row somewhere in it.
+class Clusters {
+ public:
+  explicit Clusters(Index tokens)
+      : tokens_(tokens), stride_(round_up(tokens + tokens / 4 + 2 * kBlock, kLine) + kLine) {
+    const size_t bytes = round_up(tokens_ * stride_ * sizeof(double), 1 << 21);
+    matrix_ = static_cast<double*>(std::aligned_alloc(1 << 21, bytes));
+#ifdef __linux__
+    madvise(matrix_, bytes, MADV_HUGEPAGE);
+#endif
+    row_.resize(stride_);
+    size_.resize(stride_);
+    leaf_.resize(stride_);
+    dead_.resize(stride_ + kBlock);
+  }
+  ~Clusters() { std::free(matrix_); }
+  Clusters(const Clusters&) = delete;
+
+  // gram [tokens, tokens], upper triangle -> tokens - 1 merges, in no order.
+  const std::vector<Merge>& link(const double* gram) {
+    start(gram);
+    std::vector<Index> chain;
+    Index first = 0;
+    for (live_ = tokens_; live_ > 1; --live_) {
+      if (columns_ + kLine > stride_ - kLine || (2 * live_ < columns_ && live_ > kBlock)) {
+        compact(chain);
+        first = 0;
+      }
+      if (chain.empty()) {
+        while (dead_[first] != 0) ++first;
+        chain.push_back(first);
+      }
+      for (;;) {
+        const Index before = chain.size() > 1 ? chain[chain.size() - 2] : -1;
+        const Index next = nearest(chain.back(), before);
+        if (next == before) break;
+        chain.push_back(next);
+      }
+      const Index a = chain.back(), b = chain[chain.size() - 2];
+      chain.resize(chain.size() - 2);
+      merge(a, b);
+    }
+    return merges_;
+  }
+
+ private:
+  double* row(Index cluster) { return matrix_ + row_[cluster] * stride_; }
+  double distance(Index a, Index b) { return b < columns_ ? row(a)[b] : row(b)[a]; }
+
+  // Gram matrix -> Euclidean distances, mirrored by blocks that stay in cache.
+  void start(const double* gram) {
+    const Index n = tokens_;
+    std::vector<double> norm(n);
+    for (Index i = 0; i < n; ++i) norm[i] = gram[i * n + i];
+    constexpr Index kTile = 64;
+    for (Index i0 = 0; i0 < n; i0 += kTile) {
+      const Index i1 = std::min(i0 + kTile, n);
+      for (Index j0 = i0; j0 < n; j0 += kTile) {
+        const Index j1 = std::min(j0 + kTile, n);
+        for (Index i = i0; i < i1; ++i) {
+          double* out = matrix_ + i * stride_;
+          for (Index j = j0; j < j1; ++j) {
+            const double sum = norm[i] + norm[j], square = sum - 2 * gram[i * n + j];
+            out[j] = std::sqrt(square > 4e-15 * sum ? square : 0.0);  // below: the rounding of equal points
+          }
+        }
+        for (Index j = j0; j < j1; ++j)
+          for (Index i = i0; i < std::min(i1, j); ++i) matrix_[j * stride_ + i] = matrix_[i * stride_ + j];
+      }
+    }
+    columns_ = next_ = round_up(n, kLine);
+    for (Index i = 0; i < n; ++i) {
+      double* own = matrix_ + i * stride_;
+      own[i] = kFar;
+      std::fill(own + n, own + columns_, kFar);
+      row_[i] = leaf_[i] = i;
+      size_[i] = 1.0;
+    }
+    std::fill(dead_.begin(), dead_.end(), kFar);
+    std::fill(dead_.begin(), dead_.begin() + n, 0.0);
+    merges_.clear();
+  }
+
+  // The nearest cluster to i; of equals `prefer` if it is among them, else the first column.
+  Index nearest(Index i, Index prefer) {
+    const double *own = row(i), *off = dead_.data();
+    double best = kFar;
+    Index block = 0, j = 0;
+    for (; j + kBlock <= columns_; j += kBlock) {
+      double low = kFar;
+      for (Index lane = 0; lane < kBlock; ++lane) low = std::min(low, own[j + lane] + off[j + lane]);
+      if (low < best) { best = low; block = j; }
+    }
+    for (; j < columns_; ++j)
+      if (own[j] + off[j] < best) { best = own[j] + off[j]; block = j; }
+    Index pending = -1;
+    for (Index p = columns_; p < next_; ++p)
+      if (dead_[p] == 0 && row(p)[i] < best) { best = row(p)[i]; pending = p; }
+    if (prefer >= 0 && distance(i, prefer) <= best) return prefer;
+    if (pending >= 0) return pending;
+    while (own[block] + off[block] > best) ++block;
+    return block;
+  }
+
+  // Join a and b into a new cluster (Lance-Williams), whose row takes the place of a's.
+  void merge(Index a, Index b) {
+    merges_.push_back({leaf_[a], leaf_[b], distance(a, b)});
+    const Index made = next_++;
+    size_[made] = size_[a] + size_[b];
+    leaf_[made] = leaf_[a];
+    const double share_a = size_[a] / size_[made], share_b = size_[b] / size_[made];
+    double to_pending[kLine];
+    for (Index p = columns_; p < made; ++p) to_pending[p - columns_] = share_a * row(p)[a] + share_b * row(p)[b];
+    double* joined = row(a);
+    const double* other = row(b);
+    for (Index k = 0; k < columns_; ++k) joined[k] = share_a * joined[k] + share_b * other[k];
+    row_[made] = row_[a];
+    dead_[a] = dead_[b] = kFar;
+    for (Index p = columns_; p < made; ++p) {
+      joined[p] = to_pending[p - columns_];
+      if (dead_[p] == 0) row(p)[made] = joined[p];
+    }
+    joined[made] = kFar;
+    dead_[made] = 0.0;
+    if (next_ == columns_ + kLine) flush();
+  }
+
+  // Write the pending columns into all rows, a cache line a row. Dead rows may be written: nobody reads them again.
+  void flush() {
+    const double* source[kLine];
+    for (Index p = 0; p < kLine; ++p) source[p] = row(columns_ + p);
+    for (Index k = 0; k < columns_; ++k) {
+      if (dead_[k] != 0) continue;
+      double* out = row(k) + columns_;
+      for (Index p = 0; p < kLine; ++p) out[p] = source[p][k];
+    }
+    columns_ = next_;
+  }
+
+  // Close the gaps that dead columns leave.
+  void compact(std::vector<Index>& chain) {
+    std::vector<Index> keep, place(next_, -1);
+    for (Index k = 0; k < next_; ++k)
+      if (dead_[k] == 0) { place[k] = keep.size(); keep.push_back(k); }
+    const Index n = keep.size(), width = round_up(n, kLine);
+    for (Index k = columns_; k < next_; ++k)
+      for (Index i = 0; i < columns_; ++i)
+        if (dead_[k] == 0 && dead_[i] == 0) row(i)[k] = row(k)[i];
+    for (Index k = 0; k < n; ++k) {
+      double* own = row(keep[k]);
+      for (Index j = 0; j < n; ++j) own[j] = own[keep[j]];
+      std::fill(own + n, own + width, kFar);
+    }
+    for (Index k = 0; k < n; ++k) {
+      row_[k] = row_[keep[k]];
+      size_[k] = size_[keep[k]];
+      leaf_[k] = leaf_[keep[k]];
+    }
+    std::fill(dead_.begin(), dead_.end(), kFar);
+    std::fill(dead_.begin(), dead_.begin() + n, 0.0);
+    for (Index& cluster : chain) cluster = place[cluster];
+    columns_ = next_ = width;
+  }
+
+  Index tokens_, stride_, live_ = 0;
+  Index columns_ = 0, next_ = 0;  // columns written in all rows; columns given out
+  double* matrix_;
+  std::vector<Index> row_, leaf_;      // by cluster: its row, one of its leaves
+  std::vector<double> size_, dead_;    // by cluster: tokens in it; 0 for a cluster, kFar for none
+  std::vector<Merge> merges_;
+};
+
+Index root(std::vector<Index>& parent, Index leaf) {
+  while (parent[leaf] != leaf) leaf = parent[leaf] = parent[parent[leaf]];
+  return leaf;
+}
+
+// Merges in rising order of height, numbered as SciPy does: leaves 0..n-1, merge m makes cluster n + m.
+void number(std::vector<Merge> merges, Index tokens, int32_t* children, double* heights) {
+  std::vector<Index> parent(tokens), name(tokens);
+  std::iota(parent.begin(), parent.end(), 0);
+  std::iota(name.begin(), name.end(), 0);
+  std::stable_sort(merges.begin(), merges.end(), [](const Merge& p, const Merge& q) { return p.height < q.height; });
+  for (Index m = 0; m < tokens - 1; ++m) {
+    const Index a = root(parent, merges[m].first), b = root(parent, merges[m].second);
+    children[2 * m] = static_cast<int32_t>(std::min(name[a], name[b]));
+    children[2 * m + 1] = static_cast<int32_t>(std::max(name[a], name[b]));
+    heights[m] = merges[m].height;
+    parent[b] = a;
+    name[a] = tokens + m;
+  }
+}
+
+}  // namespace
+
+// grams [images, tokens, tokens] (upper triangles are read) -> children [images, tokens - 1, 2], heights
+// [images, tokens - 1].
+extern "C" void average_linkage(const double* grams, int64_t images, int64_t tokens, int32_t* children,
+                                double* heights, int64_t threads) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    Clusters clusters(tokens);
+    for (int64_t i = next++; i < images; i = next++)
+      number(clusters.link(grams + i * tokens * tokens), tokens, children + i * (tokens - 1) * 2,
+             heights + i * (tokens - 1));
+  };
+  std::vector<std::thread> pool;
+  for (int64_t t = 1; t < std::min(threads, images); ++t) pool.emplace_back(work);
+  work();
+  for (auto& thread : pool) thread.join();
+}
