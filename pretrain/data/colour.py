@@ -1,0 +1,200 @@
+"""The colour of views, batched on the device: flip, jitter, grey, blur, normalisation.
+
+Equal to torchvision's operations (`torchvision.transforms.functional` on float images) at equal parameters, up to float
+rounding; the parameters are drawn on the host (views.py). On CPU, colour.cpp runs a view's operations while it stays in
+a core's cache. Elsewhere (and without a compiler) torch works on groups of views with the same order of operations, so
+that each operation runs once per view.
+
+Hue in closed form, equal to RGB -> HSV -> shift -> RGB: with M the largest channel, chroma c = M - min and hue h in
+sixths, channel k is M - c * clamp(min(x, 4 - x), 0, 1), x = (n_k + h) mod 6, n = 5, 3, 1 for red, green, blue.
+
+Shapes: b samples, V views, m views in a group, S side, P colour parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.schema import Views
+from pretrain.data import views as v
+from pretrain.data.native import library
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's
+
+# Pixels (times channels) per block on CPU: a block of float32 and its temporaries fit in 2 MB.
+BLOCK = 3 * 1 << 15
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma [m, 1, S, S] of images [m, 3, S, S]."""
+    red, green, blue = images.unbind(1)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
+
+
+def _per_image(factor: Tensor) -> Tensor:
+    return factor.view(-1, 1, 1, 1)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply [m, 3, S, S] by factor [m], in place."""
+    return images.mul_(_per_image(factor)).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean luma of each image, in place."""
+    mean = grey(images).mean((1, 2, 3))
+    return images.mul_(_per_image(factor)).add_(_per_image((1 - factor) * mean)).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the luma of each pixel, in place."""
+    luma = grey(images).mul_(_per_image(1 - factor))
+    return images.mul_(_per_image(factor)).add_(luma).clamp_(0, 1)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by shift [m], as a share of the circle, in place."""
+    red, green, blue = images.unbind(1)
+    most = torch.maximum(torch.maximum(red, green), blue)
+    chroma = most - torch.minimum(torch.minimum(red, green), blue)
+    scale = 1 / torch.where(chroma > 0, chroma, 1.0)
+    # Hue in sixths of the circle, from the channel that is largest (red before green before blue, as torchvision).
+    from_red = (green - blue).mul_(scale)
+    from_green = (blue - red).mul_(scale).add_(2)
+    from_blue = (red - green).mul_(scale).add_(4)
+    angle = torch.where(most == red, from_red, torch.where(most == green, from_green, from_blue))
+    angle.add_(6 * shift.view(-1, 1, 1))
+    for channel, place in zip((red, green, blue), (5, 3, 1)):
+        x = (angle + place).remainder_(6)
+        torch.sub(most, torch.minimum(x, 4 - x).clamp_(0, 1).mul_(chroma), out=channel)
+    return images
+
+
+OPERATIONS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+    v.BRIGHTNESS: brightness,
+    v.CONTRAST: contrast,
+    v.SATURATION: saturation,
+    v.HUE: hue,
+}
+
+
+def blur(images: Tensor, sigma: Tensor, size: int) -> Tensor:
+    """Gaussian blur of [m, 3, S, S] with sigma [m] in pixels and an odd kernel of `size`, borders reflected."""
+    offsets = torch.arange(size, device=images.device, dtype=images.dtype) - (size - 1) / 2
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # [m * 3, size]
+    side, pad = images.shape[-1], size // 2
+    flat = F.pad(images, (pad, pad, pad, pad), mode="reflect").flatten(0, 1).unsqueeze(0)
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
+    return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view(-1, 3, side, side)
+
+
+def _blocks(orders: Tensor, images: Tensor) -> Iterator[tuple[int, slice]]:
+    """(order, places) of equal sorted orders; on CPU in blocks of a few views that stay in a core's cache."""
+    most = max(1, BLOCK // images[0].numel()) if images.device.type == "cpu" else len(images)
+    values, counts = orders.unique_consecutive(return_counts=True)
+    first = 0
+    for order, count in zip(values.tolist(), counts.tolist()):
+        for start in range(first, first + count, most):
+            yield order, slice(start, min(start + most, first + count))
+        first += count
+
+
+class Colour:
+    """Colour augmentation and normalisation of the views of a batch.
+
+    Args:
+        views: their distribution; strengths of 0 are skipped.
+        mean, std: of the model's input, per channel, for images in [0, 1].
+    """
+
+    def __init__(self, views: Views, mean: Sequence[float], std: Sequence[float]) -> None:
+        columns = (v.BRIGHTNESS, v.CONTRAST, v.SATURATION, v.HUE)
+        self.active = {column for column, strength in zip(columns, views.jitter) if strength > 0 and views.jitter_p > 0}
+        # SimCLR: a kernel of a tenth of the side, odd.
+        self.blur_size = int(0.1 * views.size) // 2 * 2 + 1 if views.blur_p > 0 else 0
+        self.views = views
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """The tensor "images" uint8 [b, V, 3, S, S] of a batch -> float32 [b, V, 3, S, S] on the same device."""
+        images = batch.tensors["images"]
+        epochs, samples = batch.epochs.numpy()[:, None], batch.samples.numpy()[:, None]
+        params = v.colour_params(self.views, batch.seed, epochs, samples, np.arange(images.shape[1]))
+        return self.apply(images.flatten(0, 1), torch.from_numpy(params).flatten(0, 1)).view(images.shape)
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        """uint8 [m, 3, S, S] and parameters float32 [m, P] on the host -> float32 [m, 3, S, S]."""
+        if images.device.type == "cpu" and (native := library(Path(__file__).with_name("colour.cpp"))) is not None:
+            return self._apply_native(native, images.contiguous(), params.contiguous())
+        return self._apply_torch(images, params)
+
+    def _apply_native(self, native: ctypes.CDLL, images: Tensor, params: Tensor) -> Tensor:
+        """By colour.cpp, a part of the views in each of torch's threads."""
+        result = torch.empty(images.shape, dtype=torch.float32)
+        active = [[column if column in self.active else -1 for column in order] for order in v.ORDERS]
+        orders = torch.tensor(active, dtype=torch.int32)
+        scale, offset = self._normalisation(images.device)
+
+        def run(part: slice) -> None:
+            views, out, chosen = images[part], result[part], params[part]
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (views, out, chosen, orders, scale, offset)]
+            sizes = [ctypes.c_int64(n) for n in (len(views), images.shape[-1], self.blur_size)]
+            native.colour(*pointers[:4], *sizes, *pointers[4:])
+
+        threads = min(torch.get_num_threads(), len(images))
+        bounds = [len(images) * t // max(1, threads) for t in range(threads + 1)]
+        parts = [slice(*bound) for bound in pairwise(bounds)]
+        workers = [Thread(target=run, args=(part,)) for part in parts[1:]]
+        for worker in workers:
+            worker.start()
+        for part in parts[:1]:
+            run(part)
+        for worker in workers:
+            worker.join()
+        return result
+
+    def _apply_torch(self, images: Tensor, params: Tensor) -> Tensor:
+        """By torch's operations, on any device."""
+        orders = params[:, v.ORDER].int() if self.active else torch.full((len(params),), -1, dtype=torch.int32)
+        orders, rows = orders.sort(stable=True)
+        params, rows = params[rows].to(images.device), rows.to(images.device)
+        result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        scale, offset = self._normalisation(images.device)
+        for order, part in _blocks(orders, images):
+            views = images[rows[part]].to(torch.float32).div_(255)
+            result[rows[part]] = self._coloured(views, params[part], order).mul_(scale).sub_(offset)
+        return result
+
+    def _coloured(self, images: Tensor, params: Tensor, order: int) -> Tensor:
+        """Everything but the normalisation, on float images in [0, 1]; may work in place."""
+        flipped = _per_image(params[:, v.FLIP]) > 0
+        images = torch.where(flipped, images.flip(-1), images)
+        for column in v.ORDERS[order] if order >= 0 else ():
+            if column in self.active:
+                images = OPERATIONS[column](images, params[:, column])
+        images = torch.where(_per_image(params[:, v.GREY]) > 0, grey(images), images)
+        if self.blur_size:
+            sigma = params[:, v.SIGMA]
+            blurred = blur(images, sigma.clamp(min=1e-3), self.blur_size)
+            images = torch.where(_per_image(sigma) > 0, blurred, images)
+        return images
+
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(1 / std, mean / std) as [3, 1, 1]."""
+        std = self.std.to(device)
+        return (1 / std).view(3, 1, 1), (self.mean.to(device) / std).view(3, 1, 1)
