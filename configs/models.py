@@ -67,4 +67,4 @@ def nearest(word: str, choices: tuple[str, ...] | list[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(sorted(choices))}" if len(choices) <= 30 else ""
+    return f"; known: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""

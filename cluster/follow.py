@@ -1,0 +1,171 @@
+"""Following a run at the prompt: a live line on a terminal, plain lines elsewhere, until it is over or Ctrl-C.
+
+Owns: what the user sees after a launch. It only reads: nothing of the run depends on it, and it can start or end at any
+time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.locate import shown
+from cluster.progress import RunReader, duration
+from cluster.state import WAITING, State, states
+from cluster.submission import Submission
+from cluster.tail import last_lines
+
+# A plain line at most so often; what is news comes at once.
+_PLAIN_EVERY_S = 10.0
+_LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 2.0
+_LOG_LINES = 15
+
+
+class Screen(Protocol):
+    """Where progress is shown."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, link: str, text: str, done: int, total: int | None) -> None: ...
+
+
+class PlainScreen:
+    """Lines, for files and pipes: progress at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = -float("inf")
+        self._shown = ""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def progress(self, link: str, text: str, done: int, total: int | None) -> None:
+        finished = total is not None and done >= total
+        due = time.monotonic() - self._last >= _PLAIN_EVERY_S or finished
+        if due and text != self._shown:
+            print(f"{link}: {text}", flush=True)
+            self._last, self._shown = time.monotonic(), text
+
+
+class LiveScreen:
+    """A bar that stays at the bottom of the terminal, lines above it."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def say(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False, markup=False)
+
+    def progress(self, link: str, text: str, done: int, total: int | None) -> None:
+        if link not in self._tasks:
+            for task in self._tasks.values():
+                self.bar.update(task, visible=False)
+            self._tasks[link] = self.bar.add_task(link, total=total, text=text)
+        self.bar.update(self._tasks[link], completed=done, total=total, text=text)
+
+
+def follow(home: Path, links: Sequence[Submission], steps: int | None) -> dict[str, State]:
+    """Show what happens until all submissions are over. Returns their states by link.
+
+    Raises:
+        KeyboardInterrupt: the user has seen enough; the job goes on.
+    """
+    live = LiveScreen() if sys.stdout.isatty() else None
+    screen: Screen = live or PlainScreen()
+    around: AbstractContextManager[Any] = live.bar if live else nullcontext()
+    with around:
+        return _follow(home, links, steps, screen)
+
+
+def _follow(home: Path, links: Sequence[Submission], steps: int | None, screen: Screen) -> dict[str, State]:
+    reader = RunReader(home, steps)
+    reader.read()
+    seen: dict[str, tuple[str, str]] = {}
+    generations: dict[str, int] = {}
+    while True:
+        now = states(links)
+        for line in reader.read():
+            screen.say(line)
+        for submission in links:
+            _tell_lives(submission, generations, screen)
+            state = now[submission.folder.name]
+            if state.name == "running":
+                _show_running(submission, reader, screen)
+            if seen.get(submission.link) != (state.name, state.detail):
+                seen[submission.link] = (state.name, state.detail)
+                _tell_state(submission, state, reader, screen)
+        if all(state.name not in WAITING for state in now.values()):
+            return {submission.link: now[submission.folder.name] for submission in links}
+        on_slurm = any((record := link.record()) is not None and record.executor == "slurm" for link in links)
+        time.sleep(_SLURM_POLL_S if on_slurm else _LOCAL_POLL_S)
+
+
+def _show_running(submission: Submission, reader: RunReader, screen: Screen) -> None:
+    """The bar of the running link: steps of a pretraining, the newest line of the log of anything else."""
+    if submission.link == "pretrain":
+        progress = reader.progress
+        text = progress.text() if progress.figures else "starting"
+        if not progress.figures and isinstance(screen, PlainScreen):
+            return
+        screen.progress(submission.link, text, progress.step, progress.steps)
+        return
+    lines = [line for line in last_lines(submission.home / "logs" / f"{submission.link}.log", 5) if line.strip()]
+    text = lines[-1][:100] if lines and not lines[-1].startswith("---") else "starting"
+    screen.progress(submission.link, text, 0, None)
+
+
+def _tell_lives(submission: Submission, generations: dict[str, int], screen: Screen) -> None:
+    """Say that a job has started again, and why."""
+    lives = submission.lives()
+    before = generations.setdefault(submission.link, len(lives))
+    if len(lives) > max(before, 1):
+        failures = submission.failures()
+        reason = f" after: {failures[-1]['exits']}" if failures else ""
+        screen.say(f"{submission.link}: started again on {lives[-1]['host']}{reason}")
+    generations[submission.link] = max(before, len(lives))
+
+
+def _tell_state(submission: Submission, state: State, reader: RunReader, screen: Screen) -> None:
+    link = submission.link
+    if state.name == "finished":
+        took = _took(submission)
+        text = f"  {reader.progress.text()}" if link == "pretrain" and reader.progress.figures else ""
+        screen.say(f"{link}: finished{took}{text}")
+    elif state.name == "running":
+        screen.say(f"{link}: running ({state.where})")
+    elif state.name == "queued" and state.detail:
+        screen.say(f"{link}: queued ({state.detail})")
+    elif state.name in ("failed", "lost"):
+        screen.say(f"{link}: {state.name}: {state.detail}")
+        log = submission.home / "logs" / f"{link}.log"
+        lines = last_lines(log, _LOG_LINES) or _early_lines(submission)
+        for line in lines:
+            screen.say(f"  | {line}")
+        screen.say(f"  all of it: {shown(log)}")
+    elif state.name in ("cancelled", "stopped"):
+        screen.say(f"{link}: {state.name}" + (f" ({state.detail})" if state.detail else ""))
+
+
+def _early_lines(submission: Submission) -> list[str]:
+    """What was printed before the rank had opened its own log."""
+    logs = [*submission.submitit_folder.glob("*_log.out"), submission.folder / "supervisor.log"]
+    return next((lines for log in logs if (lines := last_lines(log, _LOG_LINES))), [])
+
+
+def _took(submission: Submission) -> str:
+    lives, outcome = submission.lives(), submission.outcome()
+    if not lives or outcome is None:
+        return ""
+    return f" in {duration(outcome.time - lives[0]['time'])}"

@@ -1,0 +1,266 @@
+"""The steps of a launch: check, plan, prepare the run's folder, submit, follow.
+
+Owns: their order, and what is printed between them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster import chain, control, executor, preflight, snapshot
+from cluster.chain import PRETRAIN, Link
+from cluster.locate import located, shown
+from cluster.plan import describe, describe_resources, plan_of
+from cluster.resources import Resources, resolve
+from cluster.state import WAITING, State, states
+from cluster.submission import Submission, latest, launching, submissions, write_atomically
+from configs import AnyJob, PretrainConfig, UserError, dump, load
+from configs.changes import Change, check_resume
+
+
+def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = None) -> int:
+    """Launch a configuration, or go on with what lies in its folder. Returns the exit code.
+
+    Args:
+        dry_run: print everything, change nothing.
+        detach: return after the submission.
+        home: the folder, where it is known (resume).
+    """
+    config = located(config)
+    home = Path(chain.home_of(config) if home is None else home).absolute()
+    preflight.stop_on_missing_data(config)
+    changed = check_folder(config, home)
+    resources = resolve(config.cluster)
+    links = chain.links(config, home, in_sequence=resources.executor == "local")
+    wanted, past, now = what_is_missing(links, home)
+    each = {link.name: resolve(link.cluster) for link in links}
+    found = preflight.checks(config, home, links, each)
+    if dry_run:
+        print_dry_run(config, home, wanted, each, found)
+        preflight.stop_on_errors(found)
+        return 0
+    preflight.stop_on_errors(found)
+    for check in found:
+        if check.level == "warning":
+            print(f"warning: {check.text}", file=sys.stderr)
+    if not wanted:
+        print(f"{shown(home)} is finished; a longer run: python cluster/launch.py resume {home.name} steps=...")
+        return 0
+    submitted = submit(config, home, wanted, past, now)
+    announce(config, home, submitted, each, changed)
+    return 0 if detach else watch(home, submitted)
+
+
+def check_folder(config: AnyJob, home: Path) -> list[Change]:
+    """Whether the configuration may go on with what lies in the folder. Returns what has changed.
+
+    Raises:
+        UserError: the run is running, or was begun with other settings.
+    """
+    stored = home / "config.yaml"
+    if not isinstance(config, PretrainConfig) or not stored.is_file():
+        return []
+    old = load(stored)
+    if not isinstance(old, PretrainConfig):
+        raise UserError(f"{shown(home)} holds another kind of job ({old.job}); choose another name=")
+    moved = old.model_copy(update={"runs_dir": config.runs_dir, "name": config.name})
+    return check_resume(moved, config, shown(home))
+
+
+def what_is_missing(links: Sequence[Link], home: Path) -> tuple[list[Link], dict[str, Submission], dict[str, State]]:
+    """Links to submit, the last submissions of all links, and their states.
+
+    Raises:
+        UserError: the first link that would be submitted is under way already: the run is running.
+    """
+    past = latest(home)
+    now = states(past.values())
+    wanted = chain.missing(links, past, now)
+    running = [(name, now[past[name].folder.name]) for name in past if now[past[name].folder.name].name in WAITING]
+    is_pretrain_alive = any(name == PRETRAIN for name, _ in running)
+    if running and (is_pretrain_alive or not wanted):
+        name, state = running[0]
+        raise UserError(
+            f"{shown(home)} is {state.name} already: {name}, {state.where}\n"
+            f"       follow it: python cluster/launch.py status {home.name} -f    "
+            f"end it: python cluster/launch.py cancel {home.name}"
+        )
+    return wanted, past, now
+
+
+def submit(
+    config: AnyJob, home: Path, wanted: Sequence[Link], past: Mapping[str, Submission], now: Mapping[str, State]
+) -> list[Submission]:
+    """Prepare the folder and hand over what is missing."""
+    fetch_weights(config)
+    with launching(home):
+        # Between the checks and here, another launcher may have been faster.
+        if {name: one.folder for name, one in latest(home).items()} != {name: one.folder for name, one in past.items()}:
+            raise UserError(
+                f"{shown(home)}: another launch was faster; see python cluster/launch.py status {home.name}"
+            )
+        if isinstance(config, PretrainConfig):
+            write_atomically(home / "config.yaml", dump(config))
+        for link in wanted:
+            if link.name in past and now[past[link.name].folder.name].name in WAITING:
+                control.end_now(past[link.name])
+        return chain.submit(wanted, home, past, now)
+
+
+def fetch_weights(config: AnyJob) -> None:
+    """Fetch timm's weights that a job needs, since nodes are often offline. In another process: it needs torch."""
+    import subprocess
+
+    name = pretrained_name(config)
+    if name is None:
+        return
+    print(f"fetching the weights of {name}", flush=True)
+    code = f"import timm; timm.create_model({name!r}, pretrained=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"the weights of {name} cannot be had: {last[:200]}; check the name and the network")
+
+
+def pretrained_name(config: AnyJob) -> str | None:
+    """The timm model whose published weights an evaluation needs, if it is one."""
+    ckpt = getattr(config, "ckpt", None)
+    random_weights = getattr(config, "random_weights", False)
+    if ckpt is None or random_weights or Path(ckpt).exists() or "/" in ckpt or ":" in ckpt:
+        return None
+    return None if ckpt.startswith(("akorn", "itrsa")) else str(ckpt)
+
+
+def announce(
+    config: AnyJob,
+    home: Path,
+    submitted: Sequence[Submission],
+    each: Mapping[str, Resources],
+    changed: Sequence[Change],
+) -> None:
+    """Say what was submitted and where to look."""
+    for change in changed:
+        print(f"changed: {change}")
+    first = each[submitted[0].link]
+    plan = ""
+    if isinstance(config, PretrainConfig) and submitted[0].link == PRETRAIN:
+        numbers = plan_of(config, first)
+        steps = f", {numbers.steps:,} steps" if numbers.steps else ""
+        plan = f": {config.model.name}, batch {config.batch_size}{steps}"
+    print(f"{shown(home)}{plan}")
+    for submission in submitted:
+        record = submission.record()
+        assert record is not None
+        where = f"SLURM job {record.job_id}" if record.executor == "slurm" else f"process {record.job_id}"
+        waits = f", after {', '.join(name.partition('_')[2] for name in record.after)}" if record.after else ""
+        print(f"  {submission.link}: {where}{waits}")
+    print(f"{describe_resources(first)}; logs in {shown(home / 'logs')}", flush=True)
+
+
+def watch(home: Path, submitted: Sequence[Submission] | None = None) -> int:
+    """Follow to the end. Ctrl-C leaves a SLURM job alone and stops a local one that was launched here.
+
+    Args:
+        submitted: what was launched by this command; None: only look on.
+    """
+    from cluster.follow import follow
+
+    links = list(latest(home).values()) if submitted is None else list(submitted)
+    try:
+        final = follow(home, links, planned_steps(home))
+    except KeyboardInterrupt:
+        if submitted is None:
+            return 0
+        return _interrupted(home, links)
+    except UserError as error:
+        print(f"no longer following: {error}\nthe job goes on; see python cluster/launch.py status {home.name}")
+        return 0
+    if all(state.name == "finished" for state in final.values()):
+        report(home)
+        return 0
+    print(f"go on from where it broke: python cluster/launch.py resume {resume_name(home)}")
+    return 1
+
+
+def _interrupted(home: Path, links: Sequence[Submission]) -> int:
+    if not control.is_local(links):
+        print(f"\nno longer following; the job goes on. python cluster/launch.py status {home.name}")
+        return 0
+    print("\nsaving and stopping; Ctrl-C again to end at once", flush=True)
+    control.stop_local(links)
+    print(f"stopped; go on with: python cluster/launch.py resume {resume_name(home)}")
+    return 130
+
+
+def resume_name(home: Path) -> str:
+    """What `resume` needs to find the run from here."""
+    return home.name if home.parent == Path("runs").absolute() else shown(home)
+
+
+def planned_steps(home: Path) -> int | None:
+    if not (home / "config.yaml").is_file():
+        return None
+    config = load(home / "config.yaml")
+    return plan_of(config, resolve_quietly(config)).steps if isinstance(config, PretrainConfig) else None
+
+
+def resolve_quietly(config: PretrainConfig) -> Resources:
+    """Resources for the sake of step counts only, which do not depend on them."""
+    return Resources("local", 1, 1, 0, 1, config.cluster)
+
+
+def report(home: Path) -> None:
+    """Point to the results."""
+    for path in (home / "export", home / "report.html", *sorted(home.glob("downstream/*/results.json"))):
+        if path.exists():
+            print(f"  {shown(path)}")
+
+
+def config_file(home: Path) -> Path:
+    """The configuration to resume: the run's, or that of the evaluation the folder belongs to.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (home / "config.yaml").is_file():
+        return home / "config.yaml"
+    found = [one.folder / "config.yaml" for one in submissions(home) if (one.folder / "config.yaml").is_file()]
+    if not found:
+        raise UserError(f"{shown(home)} has no config.yaml; launch it from its configuration instead")
+    return found[-1]
+
+
+def print_dry_run(
+    config: AnyJob, home: Path, wanted: Sequence[Link], each: Mapping[str, Resources], found: Sequence[preflight.Check]
+) -> None:
+    """The resolved configuration, the plan, the checks, and what would be submitted."""
+    print(dump(config))
+    if isinstance(config, PretrainConfig):
+        for label, text in describe(config, plan_of(config, each[PRETRAIN])):
+            print(f"{label:12}{text}")
+    for link in wanted:
+        print(f"{link.name:12} {describe_resources(each[link.name])}")
+        if each[link.name].executor == "slurm":
+            print(_script(link, home, each[link.name]))
+    for check in found:
+        print(f"{check.level:12}{check.text}")
+    names = ", ".join(link.name for link in wanted) or "nothing: all is finished"
+    print(f"would submit: {names}  (dry run: nothing was changed)")
+
+
+def _script(link: Link, home: Path, resources: Resources) -> str:
+    """The batch script of a link, with placeholders for what only a submission knows."""
+    code, folder = home / "code" / "SNAPSHOT", home / "jobs" / f"NNNN_{link.name}"
+    after = ":".join(["afterok", *(f"<{name}>" for name in link.needs)]) if link.needs else ""
+    parameters = executor.slurm_parameters(
+        resources,
+        name=f"{home.name}-{link.name}",
+        folders=[folder],
+        code=code,
+        exports=executor.variables(resources, code, snapshot.commit()),
+        after=after,
+    )
+    script = executor.batch_script(parameters, folder / "submitit")
+    return "\n".join(f"    {line}" for line in script.splitlines())

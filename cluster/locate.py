@@ -1,0 +1,61 @@
+"""Paths of a configuration made absolute, so that a run goes on whatever folder it is resumed from.
+
+Owns: which keys hold paths, and what counts as a path (not a URL, a pipe or the name of a timm model).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from configs import AnyJob
+from configs.section import Section
+
+_PATHS = frozenset(
+    {
+        "shards",
+        "init_from",
+        "runs_dir",
+        "knn_train",
+        "knn_test",
+        "objects_data",
+        "cache_dir",
+        "data",
+        "train",
+        "test",
+        "out",
+    }
+)
+_MAYBE_PATHS = frozenset({"ckpt"})  # a path if there is such a file, else a model's name
+_URL = re.compile(r"^(?:[a-z0-9+.-]+://|pipe:|local-dir:|hf-hub:)")
+
+
+def located(config: AnyJob) -> AnyJob:
+    """The same configuration with absolute paths."""
+    return _located(config)  # type: ignore[return-value]
+
+
+def _located(section: Section) -> Section:
+    update: dict[str, Any] = {}
+    for key, value in section:
+        if isinstance(value, Section):
+            update[key] = _located(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            update[key] = tuple(_located(item) for item in value)
+        elif key in _PATHS and isinstance(value, tuple):
+            update[key] = tuple(absolute(item) for item in value)
+        elif (key in _PATHS or (key in _MAYBE_PATHS and os.path.exists(str(value)))) and isinstance(value, str):
+            update[key] = absolute(value)
+    return section.model_copy(update=update)
+
+
+def absolute(path: str) -> str:
+    """An absolute path; URLs, pipes and hub names stay as they are."""
+    return path if _URL.match(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a person would write it: relative to here where that is inside."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,249 @@
+"""Checks before anything is queued: what would fail after hours in a queue fails at the prompt, with its remedy.
+
+Owns: the checks of data, disk, memory, versions, permissions and SLURM's limits. None imports torch; together they take
+well under a second on a local disk. Each yields a `Check`; a failed one that is an error stops the launch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster import slurm
+from cluster.chain import Link
+from cluster.locate import shown
+from cluster.memory import GPU_GIB, checkpoint_gib, estimate_gib
+from cluster.plan import Plan, plan_of
+from cluster.resources import Resources
+from configs import AnyJob, PretrainConfig, UserError
+
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+# What a job of any kind imports.
+_NEEDED = ("torch", "timm", "deepspeed", "webdataset", "faiss-gpu", "submitit", "safetensors")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_REMOTE = re.compile(r"^(?!file:)[a-zA-Z][a-zA-Z0-9+.-]*:")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `level` is what happens if it is not ok: an error stops the launch, a warning is shown."""
+
+    name: str
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+def data_checks(config: AnyJob) -> Iterator[Check]:
+    """Everything a job reads is there. Done first: it is the most frequent mistake."""
+    if isinstance(config, PretrainConfig):
+        yield shards_check("data.shards", config.data.shards)
+        for key in ("knn_train", "knn_test", "objects_data"):
+            if (value := getattr(config.observers, key)) is not None:
+                yield shards_check(f"observers.{key}", value)
+        if config.init_from is not None and not Path(config.init_from).exists():
+            yield Check(
+                "init_from", "error", f"init_from: nothing at {shown(config.init_from)}; give a run or an export"
+            )
+        for position, evaluation in enumerate(config.downstream):
+            yield from _evaluation_data(evaluation, f"downstream.{position}.")
+    else:
+        yield from _evaluation_data(config, "")
+        yield _backbone_check(config)
+
+
+def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
+    for key in ("train", "data"):
+        value = getattr(config, key, None)
+        if value is not None:
+            yield shards_check(prefix + key, value)
+
+
+def _backbone_check(config: AnyJob) -> Check:
+    ckpt = getattr(config, "ckpt", None)
+    if ckpt is None:
+        return Check(
+            "ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export folder, a .pth or a timm model name"
+        )
+    looks_like_path = ckpt.startswith((".", "/", "~")) or ckpt.endswith((".pth", ".pt", ".safetensors"))
+    if looks_like_path and not Path(ckpt).expanduser().exists():
+        return Check("ckpt", "error", f"ckpt: nothing at {shown(ckpt)}; `python cluster/launch.py list` shows all runs")
+    return Check("ckpt", "ok", f"backbone {shown(ckpt) if looks_like_path else ckpt}")
+
+
+def shards_check(key: str, shards: str | Sequence[str]) -> Check:
+    """Whether a shard set is there and its first tar can be read."""
+    items = [shards] if isinstance(shards, str) else list(shards)
+    if any(_REMOTE.match(item) for item in items):
+        return Check(key, "ok", f"{key}: remote, read when the job starts")
+    for item in items:
+        path = Path(_BRACES.sub(lambda match: match.group(1), item).removeprefix("file:"))
+        if not path.exists():
+            return Check(
+                key, "error", f"{key}: no shards at {shown(path)}\n       make them: {make_command(shown(path))}"
+            )
+        if path.is_dir() and not any(path.glob("*.tar")) and not any(path.glob("*.np[yz]")):
+            inside = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(sub.glob("*.tar")))
+            remedy = f"did you mean {shown(path / inside[0])}?" if inside else f"make them: {make_command(shown(path))}"
+            return Check(key, "error", f"{key}: no *.tar in {shown(path)}\n       {remedy}")
+        first = next(iter(sorted(path.glob("*.tar"))), path) if path.is_dir() else path
+        if not os.access(first, os.R_OK):
+            return Check(key, "error", f"{key}: {shown(first)} may not be read by you; ask for the permission")
+    return Check(key, "ok", f"{key}: found")
+
+
+def make_command(path: str) -> str:
+    """The command that makes a shard set, guessed from where it is looked for."""
+    split = next((part for part in reversed(Path(path).parts) if part in ("train", "val", "test")), "")
+    lowered = path.lower()
+    program = "python pretrain/make_shards.py"
+    parent = path[: -len(split)].rstrip("/") if split and path.endswith(split) else path
+    if "imagenet" in lowered:
+        return f"{program} imagenet IMAGENET_FOLDER {path}" + (f" --split {split}" if split else "")
+    if "cifar10" in lowered:
+        return f"{program} cifar10 CIFAR10_ARCHIVE {parent}"
+    for scene in ("tetrominoes", "dsprites", "shapes"):
+        if scene in lowered:
+            return f"{program} {scene} {path} --count {20000 if split in ('train', '') else 320}"
+    if "sudoku" in lowered:
+        return f"{program} sudoku {path}"
+    return f"{program} folder IMAGE_FOLDER {path}"
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    return path if path.exists() else _existing(path.parent)
+
+
+def home_checks(config: AnyJob, home: Path) -> Iterator[Check]:
+    """The run's folder can be written, and has room for the checkpoints."""
+    folder = _existing(home.absolute())
+    if not os.access(folder, os.W_OK):
+        yield Check(
+            "folder", "error", f"{shown(folder)} may not be written by you; choose another place with runs_dir=..."
+        )
+        return
+    free = shutil.disk_usage(folder).free / 2**30
+    yield Check("folder", "ok", f"{shown(home)} can be written, {free:,.0f} GiB free")
+    if isinstance(config, PretrainConfig) and (each := checkpoint_gib(config)) is not None:
+        # One more than are kept, since the old one goes when the new one is whole.
+        needed = each * (config.checkpoints.keep_last + 1)
+        text = f"checkpoints: about {each:.2g} GiB each, {needed:.2g} GiB at once"
+        if needed > free:
+            yield Check(
+                "disk", "error", f"{text}, but {free:.2g} GiB are free; use runs_dir=... or checkpoints.keep_last=1"
+            )
+        else:
+            yield Check("disk", "ok", text)
+
+
+def memory_check(config: PretrainConfig, plan: Plan, resources: Resources) -> Check:
+    """The training's memory against the GPU that is asked for, by the estimate of memory.py."""
+    need = estimate_gib(config, plan, resources)
+    if need is None:
+        return Check("memory", "ok", f"memory: no estimate for {config.model.name}")
+    kind = (resources.cluster.gpu_type or "").lower()
+    have = next((gib for name, gib in GPU_GIB.items() if name in kind), None)
+    if resources.gpus == 0 or have is None:
+        return Check("memory", "ok", f"memory: about {need:.2g} GiB per process")
+    if need > have:
+        micro = max(1, int((config.compute.micro_batch or plan.batch_per_process) * have / need / 2))
+        remedy = f"set compute.micro_batch={micro} (same result)"
+        return Check("memory", "warning", f"memory: about {need:.3g} GiB per process, a {kind} has {have}; {remedy}")
+    return Check("memory", "ok", f"memory: about {need:.2g} GiB per process of the {kind}'s {have}")
+
+
+def version_checks() -> Iterator[Check]:
+    """The packages that a job needs are installed, in the versions of requirements.txt."""
+    pinned = {}
+    if REQUIREMENTS.is_file():
+        lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+        pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    absent, other = [], []
+    for package in _NEEDED:
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "faiss-gpu" and importlib.util.find_spec("faiss"):
+                continue
+            absent.append(package)
+            continue
+        if package in pinned and found.split("+")[0] != pinned[package].strip():
+            other.append(f"{package} {found} (tested: {pinned[package].strip()})")
+    if absent:
+        yield Check("versions", "error", f"not installed here: {', '.join(absent)}; run `make install`")
+    elif other:
+        yield Check("versions", "warning", f"versions: {', '.join(other)}")
+    else:
+        yield Check("versions", "ok", "versions: as in requirements.txt")
+
+
+def slurm_checks(resources: Resources) -> Iterator[Check]:
+    """The partition offers what is asked for, as SLURM itself reports it."""
+    cluster = resources.cluster
+    found = slurm.partitions(cluster.partition)
+    if not found:
+        known = ", ".join(slurm.names_of_partitions())
+        wanted = f"cluster.partition={cluster.partition}" if cluster.partition else "no default partition"
+        yield Check("partition", "error", f"{wanted}: SLURM has no such partition; it has: {known}")
+        return
+    part = found[0]
+    if not part.up:
+        yield Check("partition", "error", f"partition {part.name} is down; choose another with cluster.partition=...")
+    if part.time_min is not None and cluster.time_min > part.time_min:
+        remedy = f"use cluster.time_min={part.time_min}: the run is requeued at the limit and goes on"
+        yield Check(
+            "time", "error", f"cluster.time_min={cluster.time_min}, {part.name} allows {part.time_min}; {remedy}"
+        )
+    for key, asked, offered in _asked(resources, part):
+        if asked > offered:
+            yield Check("size", "error", f"{key}={asked}, but partition {part.name} has {offered}; ask for less")
+    if cluster.signal_s >= cluster.time_min * 60:
+        yield Check("time", "error", f"cluster.signal_s={cluster.signal_s} is longer than cluster.time_min; shorten it")
+    limit = "no time limit" if part.time_min is None else f"limit {part.time_min} min"
+    yield Check("partition", "ok", f"partition {part.name}: {part.nodes} nodes, {part.cpus} cores, {limit}")
+
+
+def _asked(resources: Resources, part: slurm.Partition) -> list[tuple[str, int, int]]:
+    cluster = resources.cluster
+    gpus = part.gpus.get(cluster.gpu_type, 0) if cluster.gpu_type else max(part.gpus.values(), default=0)
+    return [
+        ("cluster.nodes", resources.nodes, part.nodes),
+        ("cluster.gpus", resources.gpus, gpus),
+        ("cores per node (cpus_per_process x processes)", (resources.cores or 1) * resources.processes, part.cpus),
+        ("cluster.memory_gb", cluster.memory_gb or 0, part.memory_mb // 1000),
+    ]
+
+
+def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[str, Resources]) -> list[Check]:
+    """All checks of a launch. Data comes first; resources have been resolved before."""
+    found = [*home_checks(config, home), *version_checks()]
+    if isinstance(config, PretrainConfig):
+        here = resources[chain[0].name]
+        plan = plan_of(config, here)
+        found.append(memory_check(config, plan, here))
+    for link in chain:
+        if resources[link.name].executor == "slurm":
+            found += [check for check in slurm_checks(resources[link.name]) if check not in found]
+    return found
+
+
+def stop_on_missing_data(config: AnyJob) -> None:
+    """Raise if something that the job reads is not there: the first in full, the names of others."""
+    errors = [check for check in data_checks(config) if check.level == "error"]
+    if errors:
+        names = list(dict.fromkeys(check.name for check in errors[1:]))
+        raise UserError(errors[0].text + (f"\n       missing as well: {', '.join(names)}" if names else ""))
+
+
+def stop_on_errors(found: Sequence[Check]) -> None:
+    """Raise the errors among the checks as one `UserError`."""
+    errors = [check.text for check in found if check.level == "error"]
+    if errors:
+        raise UserError("\n       ".join(errors))

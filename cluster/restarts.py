@@ -1,0 +1,100 @@
+"""Whether a job that ended comes back: the one rule for this machine and for SLURM.
+
+Owns: the decision, and its use in the last lines of a SLURM batch script (`cluster/restarts.py SUBMISSION EXIT`), which
+asks for the requeue that neither SLURM nor submitit gives to a job that failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster import slurm
+from cluster.submission import Submission
+from configs.errors import run
+
+# Exit code of a rank that saved its state because it was told to end, and wants to go on later (EX_TEMPFAIL).
+PREEMPTED = 75
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """restart: start again from disk. over: the outcome is written. failed: give up. fenced: a younger life runs."""
+
+    action: Literal["restart", "over", "failed", "fenced"]
+    reason: str = ""
+
+
+def stuck(failures: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the last failures, in a row, happened at the same progress as the very last one."""
+    count = 0
+    for failure in reversed(failures):
+        if failure["progress"] != failures[-1]["progress"]:
+            break
+        count += 1
+    return count
+
+
+def decide(submission: Submission, generation: int, exits: str, *, preempted: bool, max_restarts: int) -> Verdict:
+    """Judge the end of one life and write down a failure, if it was one.
+
+    Args:
+        generation: of the life that ended.
+        exits: exit codes as a person would read them, e.g. "rank 1: killed by signal 9".
+        preempted: the ranks saved and ended because they were told to.
+        max_restarts: restarts without progress in between before giving up.
+    """
+    newest = max((life["generation"] for life in submission.lives()), default=generation)
+    if newest > generation:
+        return Verdict("fenced", f"a younger life of this job (generation {newest}) runs")
+    if submission.outcome() is not None:
+        return Verdict("over")
+    if submission.cancel_file.exists():
+        return Verdict("over", "cancelled")
+    if preempted:
+        return Verdict("restart", "saved on request")
+    submission.add_failure(generation, exits)
+    count = stuck(submission.failures())
+    if count > max_restarts:
+        times = "once" if max_restarts == 0 else f"{count} times in a row"
+        return Verdict("failed", f"broke {times} without progress in between (last: {exits})")
+    return Verdict("restart", f"{exits}; restart {count} of at most {max_restarts} without progress")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """End of a SLURM batch script: requeue the job or let it end. Returns the exit code the script shall have."""
+    parser = argparse.ArgumentParser(description="Decide whether a SLURM job that ended is requeued.")
+    parser.add_argument("submission", type=Path)
+    parser.add_argument("code", type=int, help="exit code of srun")
+    arguments = parser.parse_args(argv)
+    submission = Submission(arguments.submission)
+    record = submission.record()
+    max_restarts = record.max_restarts if record else 0
+    generation = submission.generation(int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    job_id = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    exits = f"exit code {arguments.code} in SLURM job {job_id}"
+    verdict = decide(submission, generation, exits, preempted=arguments.code == PREEMPTED, max_restarts=max_restarts)
+    print(f"[end of generation {generation}] {verdict.action}: {verdict.reason}", flush=True)
+    if verdict.action == "restart":
+        slurm.requeue(job_id)
+    elif verdict.action == "failed":
+        submission.write_outcome("failed", verdict.reason)
+    elif verdict.reason == "cancelled":
+        submission.write_outcome("cancelled", "by request")
+    outcome = submission.outcome()
+    return 0 if outcome is not None and outcome.status == "finished" else arguments.code or 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,159 @@
+"""What runs where: the tables of `launch.py status` and `list`, and the lines of `logs`.
+
+Owns: their contents and layout. All is read from the run's folder and from SLURM or this machine's processes, so that
+it works long after the launcher ended.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.locate import shown
+from cluster.progress import Progress, duration, event_text
+from cluster.state import State, states
+from cluster.submission import Submission, latest
+from cluster.tail import last_row, last_rows
+from configs import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    cells: tuple[str, ...]
+    style: str = ""
+
+
+_STYLES = {"running": "cyan", "finished": "green", "failed": "red", "lost": "red", "queued": "yellow"}
+
+
+def find_home(name: str, runs_dir: str) -> Path:
+    """The folder of a run by its name or path.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    for candidate in (Path(runs_dir) / name, Path(name)):
+        if (candidate / "jobs").is_dir():
+            return candidate
+    from configs.models import nearest
+
+    known = [shown(home) if home.parent != Path(runs_dir) else home.name for home in homes(runs_dir)]
+    raise UserError(f"no run {name!r} in {shown(runs_dir)}" + nearest(name, known))
+
+
+def homes(runs_dir: str) -> list[Path]:
+    """Folders of all runs and evaluations, by the time of their newest submission."""
+    roots = [Path(runs_dir).glob("*/jobs"), Path("results").glob("*/*/jobs")]
+    found = [jobs.parent for root in roots for jobs in root]
+    return sorted(found, key=lambda home: (home / "jobs").stat().st_mtime)
+
+
+def progress_of(home: Path) -> Progress:
+    """The newest figures of a run, with the speed over its last rows."""
+    progress = Progress(_steps(home))
+    for row in last_rows(home / "metrics.jsonl", 50):
+        if "step" in row:
+            progress.add(row)
+    return progress
+
+
+def _steps(home: Path) -> int | None:
+    """The length of the run, as its last start wrote it down."""
+    rows = last_rows(home / "events.jsonl", 200)
+    return next((row["steps"] for row in reversed(rows) if isinstance(row.get("steps"), int)), None)
+
+
+def run_rows(home: Path) -> list[Row]:
+    """A line for each link of a run: state, where, progress, restarts."""
+    links = latest(home)
+    now = states(links.values())
+    return [_link_row(submission, now[submission.folder.name]) for submission in links.values()]
+
+
+def _link_row(submission: Submission, state: State) -> Row:
+    text = state.detail
+    if submission.link == "pretrain":
+        progress = progress_of(submission.home)
+        text = "  ".join(part for part in (progress.text() if progress.figures else "", text) if part)
+    restarts = max(0, len(submission.lives()) - 1)
+    return Row((submission.link, state.name, state.where, str(restarts), text), _STYLES.get(state.name, ""))
+
+
+def last_event(home: Path) -> str:
+    """The newest event of a run and how long ago it was."""
+    row = last_row(home / "events.jsonl")
+    if row is None:
+        return "none"
+    ago = f" ({duration(time.time() - row['time'])} ago)" if "time" in row else ""
+    return event_text(row) + ago
+
+
+def list_rows(runs_dir: str) -> list[Row]:
+    """A line for each run: how far it is."""
+    return [_home_row(home) for home in homes(runs_dir)]
+
+
+def _home_row(home: Path) -> Row:
+    links = latest(home)
+    if not links:
+        return Row((shown(home), "lost", "", "never submitted"), "red")
+    now = [states([submission])[submission.folder.name] for submission in links.values()]
+    order = ("failed", "lost", "running", "queued", "stopped", "cancelled", "finished")
+    worst = min(now, key=lambda state: order.index(state.name))
+    link = list(links)[now.index(worst)]
+    progress = progress_of(home)
+    text = progress.text() if progress.figures else ""
+    return Row((shown(home), worst.name, link, text), _STYLES.get(worst.name, ""))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """A table on the terminal; columns aligned by spaces elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if console.is_terminal:
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*row.cells, style=row.style)
+        console.print(table)
+        return
+    widths = [max(len(line[i]) for line in (columns, *(row.cells for row in rows))) for i in range(len(columns))]
+    for line in (columns, *(row.cells for row in rows)):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def log_file(home: Path, link: str | None, rank: int) -> Path:
+    """The log of one rank of a link (default: the newest link that has started).
+
+    Raises:
+        UserError: it has none yet.
+    """
+    if link is None:
+        started = [submission for submission in latest(home).values() if submission.lives()]
+        link = started[-1].link if started else "pretrain"
+    path = home / "logs" / f"{link}.rank{rank}.log"
+    if not path.exists():
+        known = sorted(file.name for file in (home / "logs").glob("*.rank*.log"))
+        raise UserError(f"no {shown(path)} yet" + (f"; there are {', '.join(known)}" if known else ""))
+    return path
+
+
+def stream(path: Path, *, lines: int, keep_on: bool) -> Iterator[str]:
+    """The last lines of a log, then what is appended for as long as the reader wants."""
+    from cluster.tail import last_lines
+
+    yield from last_lines(path, lines)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        while keep_on:
+            line = file.readline()
+            if line:
+                yield line.rstrip("\n")
+            else:
+                time.sleep(0.3)

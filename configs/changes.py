@@ -1,0 +1,72 @@
+"""What differs between the configuration of a run and the one it is to go on with, and whether that may be.
+
+Owns: the rule of which keys may change on resume, read off the schema (`Section.may_change_on_resume` and
+`PretrainConfig.changeable`), and the wording of its refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import PretrainConfig
+from configs.section import Section
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value differs."""
+
+    key: str  # dotted path
+    old: Any
+    new: Any
+    allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+
+def changes(old: PretrainConfig, new: PretrainConfig) -> list[Change]:
+    """All keys whose values differ, in the order of the schema."""
+    found: list[Change] = []
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        allowed = name in PretrainConfig.changeable or bool(getattr(before, "may_change_on_resume", False))
+        pairs = _leaves(name, _plain(before), _plain(after))
+        found += [Change(key, one, other, allowed) for key, one, other in pairs if one != other]
+    return found
+
+
+def check_resume(old: PretrainConfig, new: PretrainConfig, where: str) -> list[Change]:
+    """The changes of a run that goes on.
+
+    Args:
+        where: the run's folder, for the message.
+
+    Raises:
+        UserError: one of them would make it another training; names the keys and the two ways out.
+    """
+    found = changes(old, new)
+    refused = [str(change) for change in found if not change.allowed]
+    if refused:
+        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
+        raise UserError(
+            f"{where} was begun with other settings, which define the training ({', '.join(refused[:4])}{more});\n"
+            f"       take them back, or start a new run with name=... (from these weights: init_from={where})"
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, Section) else value
+
+
+def _leaves(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Pairs of values by dotted key; where the two have different shapes, the pair above is given as a whole."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _leaves(f"{key}.{name}", old.get(name), new.get(name))
+    else:
+        yield key, old, new
