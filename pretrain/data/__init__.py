@@ -1,0 +1,1 @@
+"""Data: shard sets and their index, sources and generated scenes, the order of training, views, loader."""

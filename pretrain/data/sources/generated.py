@@ -1,0 +1,44 @@
+"""Generated: the scenes of pretrain/data/scenes as sources, PNG with instance masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.errors import UserError
+from pretrain.data.scenes import SCENES
+from pretrain.data.sources.picture import encode_png
+from pretrain.data.sources.sample import Request, Sample, key_of
+
+BATCH = 128  # scenes rendered at once
+DEFAULT_COUNT = 20_000
+
+
+@dataclass(frozen=True)
+class GeneratedSource:
+    """Scenes 0 to count - 1 of a seed."""
+
+    name: str
+    count: int
+    seed: int
+    classes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, numbers: np.ndarray) -> Iterator[Sample]:
+        render = SCENES[self.name]
+        for first in range(0, len(numbers), BATCH):
+            batch = numbers[first : first + BATCH]
+            for number, image, mask in zip(batch, *render(self.seed, batch)):
+                yield Sample(key_of(int(number)), {"png": encode_png(image), "instances.png": encode_png(mask)})
+
+
+def open_source(name: str, request: Request) -> dict[str, GeneratedSource]:
+    """One set without splits; another seed makes another set (a test set, say)."""
+    count = DEFAULT_COUNT if request.count is None else request.count
+    if request.input is not None:
+        raise UserError(f"{name} is generated and takes no INPUT: make_shards.py {name} OUTPUT --count {count}")
+    return {"": GeneratedSource(name, count, request.seed)}
