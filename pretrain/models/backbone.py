@@ -1,7 +1,7 @@
-"""What every backbone here shares: timm's contract around a stack of blocks over tokens.
+"""timm's contract around a stack of blocks over tokens: what every image model here shares.
 
-A subclass yields its feature levels one after the other (`_levels`): the patch embedding, then two per block, the state
-that the block's iterations end in and the block's output. Everything that timm asks of a model follows from that.
+A subclass yields its feature levels one after the other (`_levels`): the stem, then two per block, the state that the
+block's iterations end in and the block's output. Everything that timm asks of a model follows from that.
 
 Legend: B images, N = h*w tokens (row-major), C channels.
 """
@@ -9,7 +9,7 @@ Legend: B images, N = h*w tokens (row-major), C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from pretrain.models.connectivity import Grid
 POOLS = ("max", "avg", "avgmax", "catavgmax", "")
 Size = int | tuple[int, int] | list[int]
 Indices = int | list[int] | tuple[int, ...] | None
+Level = tuple[str, int, int]  # name of the module, channels, reduction
 
 
 def map_of(tokens: Tensor, grid: Grid) -> Tensor:
@@ -29,82 +30,69 @@ def map_of(tokens: Tensor, grid: Grid) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def tokens_of(planes: Tensor) -> tuple[Tensor, Grid]:
+    """A map [B, C, h, w] as tokens [B, N, C], and its grid."""
+    return planes.flatten(2).transpose(1, 2), (planes.shape[2], planes.shape[3])
+
+
+def per_block(value: Any, depth: int, name: str) -> list[Any]:
+    """One value for all blocks, or one for each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * depth
+    if len(value) != depth:
+        raise ValueError(f"{name} has {len(value)} values for {depth} blocks: give one for all, or one per block")
+    return list(value)
+
+
 def initialise(model: nn.Module) -> None:
     """Set every parameter, after filling all with NaN: one that no initialiser reaches is seen at the first forward."""
+    layers = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, nn.Embedding)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.nan)
         for module in model.modules():
-            if hasattr(module, "init_weights"):
-                module.init_weights()
-            elif isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.Embedding):
+            if isinstance(module, layers):
                 module.reset_parameters()
+            else:
+                getattr(module, "init_weights", _nothing)()
+
+
+def _nothing() -> None:
+    """For modules without parameters of their own."""
 
 
 class Backbone(nn.Module):
-    """Patch embedding, blocks, head. Subclasses set `blocks` and `norm` and define `_levels`.
+    """Blocks and head. Subclasses set `blocks` and `norm`, define `_levels` and call `_finish`.
 
     Args:
-        img_size: input size (height, width) or one number; others are taken too, positions being interpolated.
-            Sizes that are no multiple of the patch lose the remainder at the right and the bottom.
-        patch_size: side of a patch in pixels.
-        in_chans: image channels.
         num_classes: outputs of the linear head; 0 for none.
-        global_pool: "max" (as published), "avg", "avgmax", "catavgmax" or "" for none.
-        embed_dim: channels C.
+        global_pool: "max", "avg", "avgmax", "catavgmax" or "" for none.
+        num_features: channels of the last level.
         drop_rate: dropout before the head.
-        rescale_input: resize images of another size to `img_size` first (bilinear), instead of the positions.
     """
 
     blocks: nn.ModuleList
     norm: nn.Module
 
-    def __init__(
-        self, *, img_size: Size, patch_size: int, in_chans: int, num_classes: int, global_pool: str, embed_dim: int,
-        drop_rate: float, rescale_input: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, num_classes: int, global_pool: str, num_features: int, drop_rate: float) -> None:
         super().__init__()
         self.num_classes, self.global_pool, self.drop_rate = num_classes, global_pool, drop_rate
-        self.num_features = self.embed_dim = embed_dim
-        self.rescale_input = rescale_input
+        self.num_features = num_features
         self.grad_checkpointing = False
-        height, width = to_2tuple(img_size)
-        self.patch_embed = PatchEmbed(
-            (height, width), patch_size, in_chans, embed_dim, strict_img_size=False, output_fmt="NCHW"
-        )
-        if min(self.grid) < 1:
-            raise ValueError(f"img_size {height}x{width} is smaller than patch_size {patch_size}")
 
-    def _finish(self, depth: int) -> None:
+    def _finish(self, levels: Iterable[Level]) -> None:
         """Head, feature levels and weights, once the subclass has its blocks."""
-        self.head = ClassifierHead(
-            self.embed_dim, self.num_classes, pool_type=_fast(self.global_pool), drop_rate=self.drop_rate
-        )
-        names = ["patch_embed"] + [f"blocks.{i}{part}" for i in range(depth) for part in self.level_parts]
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [{"num_chs": self.embed_dim, "reduction": reduction, "module": name} for name in names]
+        pool = _pool_type(self.global_pool)
+        self.head = ClassifierHead(self.num_features, self.num_classes, pool_type=pool, drop_rate=self.drop_rate)
+        self.feature_info = [
+            {"module": name, "num_chs": channels, "reduction": reduction} for name, channels, reduction in levels
+        ]
         initialise(self)
-
-    level_parts: tuple[str, str] = ("", "")
 
     @property
     def head_hidden_size(self) -> int:
         """Width of the pooled features before the classifier."""
         return self.head.num_features
-
-    @property
-    def grid(self) -> Grid:
-        """Tokens (rows, columns) at the model's own input size."""
-        rows, columns = self.patch_embed.grid_size
-        return rows, columns
-
-    def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Images [B, 3, H, W] -> patch embedding [B, N, C] and its grid."""
-        size = self.patch_embed.img_size
-        if self.rescale_input and images.shape[-2:] != size:
-            images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        planes = self.patch_embed.proj(images)
-        return planes.flatten(2).transpose(1, 2), (planes.shape[2], planes.shape[3])
 
     def _levels(self, images: Tensor, start: Tensor | None = None) -> Iterator[tuple[Tensor, Grid]]:
         """Yield (tokens [B, N, C], grid) of every feature level, in order; computes a level only when asked for it."""
@@ -118,7 +106,7 @@ class Backbone(nn.Module):
         """
         for tokens, grid in self._levels(images, start):
             last = tokens, grid
-        return map_of(self.norm(last[0]), last[1])
+        return map_of(self.norm(last[0]), last[1]).to(images.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, C, h, w] -> logits [B, num_classes]; pooled features with `pre_logits` or without classes."""
@@ -149,7 +137,7 @@ class Backbone(nn.Module):
             stop_early: compute nothing after the last level asked for.
             output_fmt: "NCHW" maps or "NLC" tokens.
             intermediates_only: return the list of intermediates alone.
-            output_dict: return {"image_features", "image_intermediates"}.
+            output_dict: return {"image_intermediates", "image_features"}.
             return_prefix_tokens: accepted for timm's sake; there are no prefix tokens.
             start: see `forward_features`.
 
@@ -167,11 +155,9 @@ class Backbone(nn.Module):
                 intermediates.append(map_of(taken, grid) if output_fmt == "NCHW" else taken)
             if stop_early and level == last_level:
                 break
-        if intermediates_only and not output_dict:
-            return intermediates
-        if output_dict and intermediates_only:
-            return {"image_intermediates": intermediates}
-        final = map_of(self.norm(tokens), grid)
+        if intermediates_only:
+            return {"image_intermediates": intermediates} if output_dict else intermediates
+        final = map_of(self.norm(tokens), grid).to(x.dtype)
         if output_dict:
             return {"image_intermediates": intermediates, "image_features": final}
         return final, intermediates
@@ -205,11 +191,14 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head.reset(num_classes, None if global_pool is None else _fast(global_pool))
+        self.head.reset(num_classes, None if global_pool is None else _pool_type(global_pool))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer decay and freezing: stem, blocks, output norm."""
-        return {"stem": r"^patch_embed|^pos_|^gamma", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^(?:patch_embed|stem|pos_|gamma)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that decay would distort: positions, GTA, frequencies, step size, gains."""
@@ -218,17 +207,63 @@ class Backbone(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in backward, by step of the iterations, instead of keeping them."""
-        self.grad_checkpointing = enable
         for module in self.modules():
             if hasattr(module, "grad_checkpointing"):
-                setattr(module, "grad_checkpointing", enable)  # noqa: B010  (typed as a submodule by torch)
+                setattr(module, "grad_checkpointing", enable)  # noqa: B010  (torch types attributes as submodules)
+
+
+class PatchBackbone(Backbone):
+    """A backbone whose stem is a patch embedding and whose grid stays the same.
+
+    Args:
+        img_size: input size (height, width) or one number; others are taken too, positions being interpolated.
+            Sizes that are no multiple of the patch lose the remainder at the right and the bottom.
+        patch_size: side of a patch in pixels.
+        in_chans: image channels.
+        embed_dim: channels C.
+        rescale_input: resize images of another size to `img_size` first (bilinear), instead of the positions.
+        **head: see `Backbone`.
+    """
+
+    level_parts: tuple[str, str]
+
+    def __init__(
+        self, *, img_size: Size, patch_size: int, in_chans: int, embed_dim: int, rescale_input: bool, **head: Any
+    ) -> None:
+        super().__init__(num_features=embed_dim, **head)
+        self.embed_dim, self.rescale_input = embed_dim, rescale_input
+        height, width = to_2tuple(img_size)
+        self.patch_embed = PatchEmbed(
+            (height, width), patch_size, in_chans, embed_dim, strict_img_size=False, output_fmt="NCHW"
+        )
+        if min(self.grid) < 1:
+            raise ValueError(f"img_size {height}x{width} is smaller than patch_size {patch_size}")
+
+    def _finish_patches(self) -> None:
+        """`_finish` with the levels of a stack over one grid."""
+        names = [f"blocks.{i}.{part}" for i in range(len(self.blocks)) for part in self.level_parts]
+        reduction = max(self.patch_embed.patch_size)
+        self._finish((name, self.embed_dim, reduction) for name in ["patch_embed", *names])
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens (rows, columns) at the model's own input size."""
+        rows, columns = self.patch_embed.grid_size
+        return rows, columns
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Images [B, 3, H, W] -> patch embedding [B, N, C] and its grid."""
+        size = self.patch_embed.img_size
+        if self.rescale_input and images.shape[-2:] != size:
+            images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        return tokens_of(self.patch_embed.proj(images))
 
     def set_input_size(self, img_size: Size | None = None, patch_size: int | None = None) -> None:
         """Make another input size (or patch size) the model's own; positions and patches are interpolated."""
         old = self.grid
         self.patch_embed.set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
         for info in self.feature_info:
-            info["reduction"] = self.patch_embed.feat_ratio()
+            info["reduction"] = max(self.patch_embed.patch_size)
         if self.grid != old:
             self._regrid(old)
 
@@ -237,8 +272,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def _fast(global_pool: str) -> str:
+def _pool_type(global_pool: str) -> str:
     """timm's name of a pooling that reduces over the map directly."""
-    if global_pool.removeprefix("fast") not in POOLS:
+    name = global_pool.removeprefix("fast")
+    if name not in POOLS:
         raise ValueError(f"global_pool {global_pool!r} is unknown: max, avg, avgmax, catavgmax or '' for none")
-    return f"fast{global_pool}" if global_pool and not global_pool.startswith("fast") else global_pool
+    return f"fast{name}" if name else ""

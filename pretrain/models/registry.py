@@ -1,62 +1,95 @@
-"""Sizes of the family, registered with timm. Importing this file registers them."""
+"""Sizes of the family, registered with timm: importing this file registers them. docs/models.md lists them all.
+
+Every AKOrN with attention has an ItrSA twin of the same width, depth, heads, steps and positions. Recipes: the flagship
+family (256 px) is this project's own; CLEVRTex and nano (Tetrominoes, dSprites) are the published architectures, with
+the plain equation's gamma 0.5 where the published code says 1.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from pretrain.models.akorn import AKOrN
+from pretrain.models.classifier import KuramotoClassifier
+from pretrain.models.itrsa import ItrSA
 
-GAP = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "crop_pct": 1.0}
+Size = dict[str, Any]
+
+FLAGSHIP: dict[str, Size] = {
+    "tiny": {"embed_dim": 256, "depth": 1, "num_heads": 8},
+    "small": {"embed_dim": 384, "depth": 2, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 3, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 4, "num_heads": 16},
+}
+CLEVRTEX: Size = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "num_heads": 8}
+NANO: Size = {"patch_size": 4, "embed_dim": 128, "depth": 1, "num_heads": 8}
+CONV: Size = {"coupling": "conv", "kernel_size": 5, "positions": "abs"}
+MIXED: Size = {"coupling": ("conv", "conv", "attn")}
 
 
-def _sizes() -> dict[str, dict[str, Any]]:
-    """Constructor arguments of every AKOrN backbone, by name."""
-    flagship: dict[str, dict[str, Any]] = {
-        "tiny": {"embed_dim": 256, "depth": 1, "num_heads": 8},
-        "small": {"embed_dim": 384, "depth": 2, "num_heads": 6},
-        "base": {"embed_dim": 768, "depth": 3, "num_heads": 12},
-        "large": {"embed_dim": 1024, "depth": 4, "num_heads": 16},
-    }
-    sizes = {f"akorn_{name}_patch16_256": {"img_size": 256, "patch_size": 16, **flagship[name]} for name in flagship}
+def _attention_sizes() -> dict[str, Size]:
+    """Width, depth, heads, input and patch of the attention models, by the name without its family."""
+    sizes = {f"{name}_patch16_256": {"img_size": 256, "patch_size": 16, **size} for name, size in FLAGSHIP.items()}
     for name in ("small", "base"):
-        sizes[f"akorn_{name}_patch8_256"] = {"img_size": 256, "patch_size": 8, **flagship[name]}
-    clevrtex = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "num_heads": 8}
-    sizes["akorn_clevrtex_l1_patch8_128"] = {**clevrtex, "depth": 1}
-    sizes["akorn_clevrtex_l2_patch8_128"] = {**clevrtex, "depth": 2}
-    sizes["akorn_clevrtex_large_patch8_128"] = {**clevrtex, "depth": 2, "embed_dim": 512}
-    nano = {"patch_size": 4, "embed_dim": 128, "depth": 1, "num_heads": 8, "c_norm": "none"}
-    for size in (32, 64):
-        sizes[f"akorn_nano_patch4_{size}"] = {**nano, "img_size": size}
-        sizes[f"akorn_conv_nano_patch4_{size}"] = {**nano, "img_size": size, "coupling": "conv", "positions": "abs"}
-    sizes["akorn_conv_clevrtex_l1_patch8_128"] = {
-        **clevrtex, "depth": 1, "coupling": "conv", "positions": "abs", "c_norm": "sandb",
-    }  # fmt: skip
+        sizes[f"{name}_patch8_256"] = {"img_size": 256, "patch_size": 8, **FLAGSHIP[name]}
+    sizes["clevrtex_l1_patch8_128"] = {**CLEVRTEX, "depth": 1}
+    sizes["clevrtex_l2_patch8_128"] = {**CLEVRTEX, "depth": 2}
+    sizes["clevrtex_large_patch8_128"] = {**CLEVRTEX, "depth": 2, "embed_dim": 512}
+    for side in (32, 64):
+        sizes[f"nano_patch4_{side}"] = {**NANO, "img_size": side}
     return sizes
 
 
-SIZES = _sizes()
+def _models() -> dict[str, tuple[type[nn.Module], Size]]:
+    """Class and constructor arguments of every model, by name."""
+    models: dict[str, tuple[type[nn.Module], Size]] = {}
+    for name, size in _attention_sizes().items():
+        models[f"akorn_{name}"] = AKOrN, {**size, "c_norm": "none"} if name.startswith("nano") else size
+        models[f"itrsa_{name}"] = ItrSA, size
+    for side in (32, 64):
+        models[f"akorn_conv_nano_patch4_{side}"] = AKOrN, {**NANO, **CONV, "img_size": side, "c_norm": "none"}
+    models["akorn_conv_clevrtex_l1_patch8_128"] = AKOrN, {**CLEVRTEX, **CONV, "depth": 1}
+    models["akorn_classifier_32"] = KuramotoClassifier, {}
+    models["akorn_classifier_mixed_32"] = KuramotoClassifier, MIXED
+    return models
 
 
-def _cfg(size: dict[str, Any]) -> dict[str, Any]:
-    side, grid = size["img_size"], size["img_size"] // size["patch_size"]
+MODELS = _models()
+
+
+def _cfg(model: type[nn.Module], size: Size) -> dict[str, Any]:
+    """timm's default configuration of one model."""
+    side = size.get("img_size", 32)
+    grid = 8 if model is KuramotoClassifier else side // size["patch_size"]
     return {
-        "url": "", "num_classes": 1000, "input_size": (3, side, side), "pool_size": (grid, grid),
-        "first_conv": "patch_embed.proj", "classifier": "head.fc", "license": "apache-2.0", **GAP,
-    }  # fmt: skip
+        "url": "",
+        "num_classes": 10 if model is KuramotoClassifier else 1000,
+        "input_size": (3, side, side),
+        "pool_size": (grid, grid),
+        "first_conv": "stem" if model is KuramotoClassifier else "patch_embed.proj",
+        "classifier": "head.fc",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "license": "apache-2.0",
+    }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(size) for name, size in SIZES.items()})
+default_cfgs = generate_default_cfgs({name: _cfg(*model) for name, model in MODELS.items()})
 
 
-def _register(name: str, size: dict[str, Any]) -> None:
-    """Register one entry point; timm finds it, and its default configuration, by its name and module."""
+def _register(name: str, model: type[nn.Module], size: Size) -> None:
+    """Register one entry point; timm finds it, and its default configuration, by its name and this module."""
 
-    def entry(pretrained: bool = False, **kwargs: Any) -> AKOrN:
-        out_indices = kwargs.pop("out_indices", tuple(range(2 * size["depth"] + 1)))
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        depth = kwargs.get("depth", size.get("depth", 3))
+        out_indices = kwargs.pop("out_indices", tuple(range(2 * depth + 1)))
         return build_model_with_cfg(
-            AKOrN, name, pretrained, feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            model, name, pretrained, feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
             **{**size, **kwargs},
         )  # fmt: skip
 
@@ -65,5 +98,5 @@ def _register(name: str, size: dict[str, Any]) -> None:
     globals()[name] = register_model(entry)
 
 
-for _name, _size in SIZES.items():
-    _register(_name, _size)
+for _name, (_model, _size) in MODELS.items():
+    _register(_name, _model, _size)
