@@ -112,10 +112,7 @@ def test_pca_spans_what_scikit_learn_spans(tokens: int, channels: int) -> None:
     features = structured(3, tokens, channels)
     reduced = pca(features, 10)
     assert reduced.shape == (3, tokens, 10)
-    for one, image in zip(reduced, features):
-        expected = torch.from_numpy(PCA(10, svd_solver="full").fit_transform(image.double().numpy()))
-        torch.testing.assert_close(
-            torch.cdist(one, one).double(), torch.cdist(expected, expected), rtol=1e-3, atol=1e-3
-        )
-    assert pca(features, 100) is not None
+    for one, image in zip(reduced.double(), features.double()):
+        expected = torch.from_numpy(PCA(10, svd_solver="full").fit_transform(image.numpy()))
+        torch.testing.assert_close(torch.cdist(one, one), torch.cdist(expected, expected), rtol=1e-4, atol=1e-4)
     assert pca(features, 100).shape == features.shape
