@@ -2,7 +2,7 @@
 
 `standard`, for a deterministic classifier or a fixed start: APGD on cross-entropy, APGD on targeted DLR (the 9
 likeliest wrong classes), FAB toward the same classes, Square with 5,000 queries. `rand`, for random starts: APGD on
-cross-entropy and on DLR with the gradient averaged over 20 draws. Parts, order, steps and stopping are the published ones.
+cross-entropy and on DLR with the gradient averaged over 20 draws. Parts, order and steps are the published ones.
 """
 
 from __future__ import annotations
