@@ -39,6 +39,8 @@ class Kind:
 
 # Here and not among the sources, so that a wrong name is told at once: importing from pretrain loads torch.
 KINDS: dict[str, Kind] = {
+    "folder": Kind("folder", "images in a folder, tar or zip: a class for each subfolder, or flat"),
+    "cifar10": Kind("cifar10", "the Python archive, or {train,test}/CLASS/*.jpg in a folder, tar or zip"),
     "tetrominoes": Kind("generated", "3 tetrominoes in 6 colours on black, 32 px", has_input=False),
     "tetrominoes-one-colour": Kind("generated", "the same, all objects of a scene in one colour", has_input=False),
     "tetrominoes-white": Kind("generated", "the same, all objects white", has_input=False),
@@ -92,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = Request(source_input, temporary, options.count, options.seed, options.raw, tuple(options.split))
     module = import_module(f"pretrain.data.sources.{KINDS[kind].module}")
     sources: dict[str, Source] = dict(module.open_source(kind, request))
+    if request.notes:
+        print(f"note: {request.notes[0]}" + (f" (and {len(request.notes) - 1} more)" if request.notes[1:] else ""))
     unknown = [name for name in options.split if name not in sources]
     if unknown:
         raise UserError(f"{kind} has no split {unknown[0]!r} here; it has {', '.join(sources) or 'none'}")

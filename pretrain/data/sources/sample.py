@@ -44,14 +44,22 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a source. `temporary` is a folder that is removed when the set is finished."""
+    """What a user asks of a source.
+
+    Attributes:
+        temporary: folder for what must be decompressed; removed when the set is finished.
+        count: scenes to generate, or pictures to read at most from a stream.
+        raw: keep benchmark scenes as they are, not as the published protocol cuts them.
+        notes: lines for the user that opening the source adds to.
+    """
 
     input: Path | None
     temporary: Path
     count: int | None = None
     seed: int = 0
     raw: bool = False
-    splits: Sequence[str] = field(default_factory=tuple)
+    splits: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 def key_of(number: int, name: str = "") -> str:
