@@ -86,7 +86,7 @@ def _register(name: str, model: type[nn.Module], size: Size) -> None:
     """Register one entry point; timm finds it, and its default configuration, by its name and this module."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        depth = kwargs.get("depth", size.get("depth", 3))
+        depth: int = kwargs["depth"] if "depth" in kwargs else size.get("depth", 3)
         out_indices = kwargs.pop("out_indices", tuple(range(2 * depth + 1)))
         return build_model_with_cfg(
             model, name, pretrained, feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},

@@ -163,10 +163,11 @@ class SudokuNet(Starts):
 
     def forward_oscillators(
         self, digits: Tensor, start: Tensor | None = None, *, steps: int | None = None, trajectory: bool = False,
-        energy: bool = False, continued: bool = False,
+        energy: bool = False, given: Tensor | None = None, continued: bool = False,
     ) -> SudokuOutput:  # fmt: skip
         """Logits and oscillators; energies and trajectories if asked for. For kind "akorn" only.
 
+        given: cells whose x starts as c, bool [B, 81] (default: those with a digit).
         continued: `start` is the final x of an earlier call on the same puzzles, taken as it is (one layer only).
         """
         if not isinstance(self.blocks, SudokuBlocks):
@@ -175,7 +176,8 @@ class SudokuNet(Starts):
             raise ValueError("continued=True needs the oscillators of an earlier call, and a model of one layer")
         c = self.embedding(digits)
         x = self._start(digits, CELLS, start)
-        x = x if continued else torch.where((digits > 0)[..., None], c.float(), x)
+        if not continued:
+            x = torch.where((digits > 0 if given is None else given)[..., None], c.float(), x)
         output = SudokuOutput()
         recorder = Recorder(output, steps=steps, energies=energy, trajectories=trajectory)
         for block in self.blocks:
