@@ -86,7 +86,7 @@ def test_gradient_attacks_succeed_exactly_beyond_the_minimal_perturbation(
 ) -> None:
     labels, distances = minimal(victim.model, clean, norm)
     nearest, targets = distances.min(1)
-    for row in range(0, 16, 5):
+    for row in (0, 7):
         images, label, target = clean[row : row + 1], labels[row : row + 1], targets[row : row + 1]
         loss = {"apgd-dlr": losses.dlr, "apgd-t": losses.targeted_dlr(target)}.get(attack, losses.toward(target))
         for factor, fooled in ((0.97, False), (slack, True)):
@@ -162,7 +162,7 @@ def test_autoattack_breaks_exactly_what_can_be_broken(norm: str, victim: Victim,
     nearest = distances.amin(1)
     eps = nearest.median().item() * 1.0001
     labels[3] = (labels[3] + 1) % CLASSES  # misclassified from the start
-    outcome = autoattack(victim, clean, labels, Ball(norm, eps), budget=Budget(steps=50, targets=4, queries=50))
+    outcome = autoattack(victim, clean, labels, Ball(norm, eps), budget=Budget(steps=30, targets=4, queries=50))
     expected = (nearest < eps * 0.995) | (torch.arange(16) == 3)
     close = (nearest / eps - 1).abs() < 0.005
     broken = outcome.broken_by >= 0
