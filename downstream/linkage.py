@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("linkage.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-funroll-loops", "-std=c++17", "-shared", "-fPIC", "-pthread")
-_GRAM_ROWS = 512  # rows of a Gram matrix computed at a time: only its upper triangle is needed
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,12 @@ class Dendrogram:
         return (is_root.cumsum(1) - 1).gather(1, roots)
 
 
-def average_linkage(features: Tensor, *, threads: int | None = None, max_bytes: int = 2**30) -> Dendrogram:
+def average_linkage(features: Tensor, *, threads: int | None = None) -> Dendrogram:
     """Dendrograms of average linkage (Euclidean) over the tokens of each image.
 
     Args:
         features: [B, N, D], any float type and device.
-        threads: images clustered at a time; default: torch's number of threads.
-        max_bytes: bound of the Gram matrices held at once (8 N^2 bytes an image; the working copies of the threads,
-            10 N^2 bytes each, come on top).
+        threads: images clustered at a time, each in about 10 N^2 bytes; default: torch's number of threads.
 
     Raises:
         ValueError: a feature is not finite.
@@ -90,32 +86,13 @@ def average_linkage(features: Tensor, *, threads: int | None = None, max_bytes: 
     kernel = _kernel()
     if kernel is None:
         return _by_fastcluster(features)
-    for start, grams in _grams(features, max(1, max_bytes // (8 * tokens * tokens))):
-        kernel(
-            grams.data_ptr(), len(grams), tokens, children[start].data_ptr(), heights[start].data_ptr(),
-            threads or torch.get_num_threads(),
-        )  # fmt: skip
+    points = features.to("cpu", torch.float64)
+    points = (points - points.mean(1, keepdim=True)).contiguous()  # smaller norms: less cancellation in the distances
+    kernel(
+        points.data_ptr(), images, tokens, points.shape[2], children.data_ptr(), heights.data_ptr(),
+        threads or torch.get_num_threads(),
+    )  # fmt: skip
     return Dendrogram(children.long(), heights)
-
-
-def _grams(features: Tensor, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """First image and Gram matrices [b, N, N] (float64, CPU) of the centred tokens, upper triangles only."""
-    images, tokens, _ = features.shape
-    grams = torch.empty(min(chunk, images), tokens, tokens, dtype=torch.float64)
-    for start in range(0, images, chunk):
-        part = features[start : start + chunk].double()
-        part = part - part.mean(1, keepdim=True)  # smaller norms: less cancellation in the distances
-        if part.is_cuda:
-            yield start, (part @ part.mT).cpu()
-            continue
-        for row in range(0, tokens, _GRAM_ROWS):
-            out = grams[: len(part), row : row + _GRAM_ROWS, row:]
-            if tokens <= _GRAM_ROWS:
-                torch.bmm(part, part.mT, out=out)
-            else:
-                for image in range(len(part)):
-                    torch.mm(part[image, row : row + _GRAM_ROWS], part[image, row:].mT, out=out[image])
-        yield start, grams[: len(part)]
 
 
 def _by_fastcluster(features: Tensor) -> Dendrogram:
@@ -138,7 +115,7 @@ def _kernel() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
         return None
     kernel = library.average_linkage
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    kernel.argtypes, kernel.restype = [pointer, integer, integer, pointer, pointer, integer], None
+    kernel.argtypes, kernel.restype = [pointer, integer, integer, integer, pointer, pointer, integer], None
     return kernel
 
 
