@@ -139,7 +139,4 @@ class SimclrTransform:
         source = decode.Source.of(parts, max_pixels=self.max_pixels)
         boxes = [crops.box(key, source.height, source.width) for key in keys]
         image, scaled = source.pixels(boxes, size)
-        images = np.empty((self.num_views, 3, size, size), np.uint8)
-        for v, box in enumerate(scaled):
-            images[v] = crop.resized(image, box, size)
-        return {"images": images}
+        return {"images": crop.resized_many([image] * self.num_views, scaled, size)}

@@ -1,0 +1,189 @@
+"""A data set kept decoded in memory: for sets that fit, CIFAR-10 and generated scenes.
+
+Owns: reading a whole shard set once, images decoded, into one block that the loader's workers share, or onto the
+device. A sample that is broken stays so: reading it raises what reading it from disk raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from pretrain.data import crop, decode
+from pretrain.data.counter import key
+from pretrain.data.fetch import TRIES, place_of, replacement
+from pretrain.data.ledger import Skipped
+from pretrain.data.memory import Memory
+from pretrain.data.shards import DamagedSample, ShardReader
+from pretrain.data.views import SimclrTransform
+
+THREADS = 8
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of one sample on its way into memory: its name, and pixels or bytes."""
+
+    name: str
+    content: np.ndarray
+
+
+class Kept:
+    """The parts of all samples, images as pixels. Reads as a ShardReader does; picklable into workers, not copied.
+
+    Attributes:
+        table: int64 [parts of all samples, 5]: number of its name, offset and size in `memory`, and of an image height
+            and width (0, 0: bytes).
+        image_row: int64 [N], the row of each sample's image, -1 where there is none.
+
+    Raises (when made):
+        UserError: the machine's memory does not hold the set.
+    """
+
+    def __init__(self, reader: ShardReader, *, only: Sequence[str] | None, max_pixels: int) -> None:
+        self.index = reader.index
+        self.broken: dict[int, DamagedSample] = {}
+        self.names: list[str] = []
+        contents: list[list[Part]] = []
+        threads = min(THREADS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(self.index), BLOCK):
+                block = range(first, min(first + BLOCK, len(self.index)))
+                contents += pool.map(lambda sample: self._content(reader, sample, only, max_pixels), block)
+        self._lay_out(contents)
+
+    def read(self, sample: int, *, only: Any = None) -> dict[str, Any]:
+        """Parts of a sample: images uint8 [H, W, 3], others bytes.
+
+        Raises:
+            DamagedSample: as when it was read.
+        """
+        if sample in self.broken:
+            raise self.broken[sample]
+        parts: dict[str, Any] = {}
+        for name, offset, size, height, width in self.table[self._first[sample] : self._first[sample + 1]].tolist():
+            content = self.memory[offset : offset + size]
+            parts[self.names[name]] = content.reshape(height, width, 3) if height else content.tobytes()
+        return parts
+
+    def images(self) -> np.ndarray:
+        """All images, uint8 [N, H, W, 3]; broken ones are whatever stands there.
+
+        Raises:
+            UserError: they differ in size.
+        """
+        whole = np.flatnonzero(self.image_row >= 0)
+        sizes = np.unique(self.table[self.image_row[whole], 3:], axis=0)
+        if len(sizes) != 1:
+            raise UserError(
+                "data.keep=device needs images of one size: write the shards with --resize, or keep: memory"
+            )
+        height, width = sizes[0].tolist()
+        images = np.zeros((len(self.index), height, width, 3), np.uint8)
+        for sample in whole:
+            offset = self.table[self.image_row[sample], 1]
+            images[sample] = self.memory[offset : offset + height * width * 3].reshape(height, width, 3)
+        return images
+
+    def _content(self, reader: ShardReader, sample: int, only: Sequence[str] | None, max_pixels: int) -> list[Part]:
+        try:
+            parts: dict[str, bytes] = reader.read(sample, only=only)
+            image = next((name for name in decode.IMAGE_PARTS if name in parts), None)
+            return [
+                Part(name, decode.decode_image(content, max_pixels=max_pixels))
+                if name == image
+                else Part(name, np.frombuffer(content, np.uint8))
+                for name, content in parts.items()
+            ]
+        except DamagedSample as error:
+            self.broken[sample] = error
+        except decode.BrokenImageError as error:
+            self.broken[sample] = DamagedSample(*place_of(self.index, sample), str(error))
+        return []
+
+    def _lay_out(self, contents: list[list[Part]]) -> None:
+        """Copy everything into one block, and note what lies where."""
+        self.names = sorted({part.name for parts in contents for part in parts})
+        self._first = np.concatenate([[0], np.cumsum([len(parts) for parts in contents])]).astype(np.int64)
+        flat = [part for parts in contents for part in parts]
+        self.table = np.zeros((len(flat), 5), np.int64)
+        offset = 0
+        for row, part in enumerate(flat):
+            height, width = part.content.shape[:2] if part.content.ndim == 3 else (0, 0)
+            self.table[row] = self.names.index(part.name), offset, part.content.nbytes, height, width
+            offset += part.content.nbytes
+        self._block = Memory(offset)
+        for row, part in enumerate(flat):
+            self.memory[self.table[row, 1] :][: part.content.nbytes] = part.content.reshape(-1)
+        self.image_row = np.full(len(contents), -1)
+        images = np.flatnonzero(self.table[:, 3])
+        self.image_row[np.searchsorted(self._first, images, side="right") - 1] = images
+
+    @property
+    def memory(self) -> np.ndarray:
+        """The block that holds it all, uint8."""
+        return self._block.bytes()
+
+
+class KeptViews:
+    """Views of a set kept decoded, a batch at a time.
+
+    Args:
+        kept: the set.
+        transform: whose views are made.
+        device: None: made on the host; else the images (of one size) are kept there, and views are made there.
+    """
+
+    def __init__(self, kept: Kept, transform: SimclrTransform, device: torch.device | None) -> None:
+        self.kept, self.transform = kept, transform
+        self.images: Tensor | None = None
+        if device is not None:
+            self.images = torch.from_numpy(kept.images()).permute(0, 3, 1, 2).contiguous().to(device)
+
+    def __call__(self, epochs: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, Tensor, list[Skipped]]:
+        """(samples used [b], views uint8 [b, V, 3, S, S], broken samples met)."""
+        used, skipped = self._replaced(epochs, samples)
+        view = np.arange(self.transform.num_views)
+        keys = key(self.transform.seed, epochs[:, None], used[:, None], view, "crop").reshape(-1)
+        rows = self.kept.image_row[used].repeat(len(view))
+        boxes = self.transform.crops.boxes(keys, *self.kept.table[rows, 3:].T)
+        views = self._on_host(rows, boxes) if self.images is None else self._on_device(used, boxes)
+        return used, views.unflatten(0, (len(used), len(view))), skipped
+
+    def _on_host(self, rows: np.ndarray, boxes: np.ndarray) -> Tensor:
+        size, memory, table = self.transform.views.size, self.kept.memory, self.kept.table[rows]
+        library = crop.native(size)
+        if library is not None:
+            addresses = memory.ctypes.data + table[:, 1]
+            return torch.from_numpy(crop.resized_at(library, addresses, 3 * table[:, 4], boxes, size))
+        images = [memory[at : at + count].reshape(height, width, 3) for _, at, count, height, width in table.tolist()]
+        return torch.from_numpy(crop.resized_many(images, boxes.tolist(), size))
+
+    def _on_device(self, used: np.ndarray, boxes: np.ndarray) -> Tensor:
+        assert self.images is not None
+        device, views = self.images.device, self.transform.num_views
+        rows = torch.from_numpy(used.repeat(views)).to(device, non_blocking=True)
+        return crop.resized_batch(
+            self.images[rows], torch.from_numpy(boxes).to(device, non_blocking=True), self.transform.views.size
+        )
+
+    def _replaced(self, epochs: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, list[Skipped]]:
+        used, skipped = samples.copy(), []
+        for row in np.flatnonzero(np.isin(samples, list(self.kept.broken))):
+            epoch, sample = int(epochs[row]), int(samples[row])
+            for attempt in range(TRIES):
+                error = self.kept.broken.get(int(used[row]))
+                if error is None:
+                    break
+                skipped.append(Skipped(int(used[row]), error.shard, error.key, error.reason))
+                used[row] = replacement(self.transform.seed, epoch, sample, attempt, len(self.kept.index))
+        return used, skipped
