@@ -40,12 +40,26 @@ class Kind:
 # Here and not among the sources, so that a wrong name is told at once: importing from pretrain loads torch.
 KINDS: dict[str, Kind] = {
     "folder": Kind("folder", "images in a folder, tar or zip: a class for each subfolder, or flat"),
+    "imagenet": Kind("imagenet", "ILSVRC 2012 as downloaded (train tar, val tar, development kit) or unpacked"),
     "cifar10": Kind("cifar10", "the Python archive, or {train,test}/CLASS/*.jpg in a folder, tar or zip"),
+    "voc": Kind("voc", "PascalVOC 2012 with instance and class masks"),
+    "coco": Kind("coco", "COCO 2017 with instance and class masks"),
+    "clevrtex-full": Kind("clevrtex", "CLEVRTex with instance masks"),
+    "clevrtex-outd": Kind("clevrtex", "its set of unseen shapes and textures (test only)"),
+    "clevrtex-camo": Kind("clevrtex", "its camouflaged set"),
+    "clevr6-records": Kind("multiobject", "CLEVR with masks, at most 6 objects, from its .tfrecords file"),
+    "clevr-records": Kind("multiobject", "CLEVR with masks, all scenes"),
+    "tetrominoes-records": Kind("multiobject", "the original Tetrominoes, from its .tfrecords file"),
+    "multi-dsprites-records": Kind("multiobject", "the original multi-dSprites on greyscale, from its .tfrecords file"),
+    "npz": Kind("npz", "images and labels of the published code's .npz files"),
+    "shards": Kind("existing", "tars made by others, written anew and shuffled"),
     "tetrominoes": Kind("generated", "3 tetrominoes in 6 colours on black, 32 px", has_input=False),
     "tetrominoes-one-colour": Kind("generated", "the same, all objects of a scene in one colour", has_input=False),
     "tetrominoes-white": Kind("generated", "the same, all objects white", has_input=False),
     "multi-dsprites": Kind("generated", "2 to 5 coloured sprites with occlusion on grey, 64 px", has_input=False),
     "shapes": Kind("generated", "2 to 4 outlined shapes, overlapping, 40 px", has_input=False),
+    "sudoku": Kind("sudoku", "generated Sudokus with one solution, --givens A-B (default 31-42)", has_input=False),
+    "sudoku-file": Kind("sudoku", "puzzle lines, RRN CSV, SATNet folder; with --givens: harder ones made from them"),
 }
 
 
@@ -64,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, metavar="N", help="scenes to generate (default 20000); other sources: the first N only")
     add("--seed", type=int, default=0, help="of generated scenes and of the shuffling (default 0)")
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be given several times")
+    add("--givens", metavar="A-B", help="Sudokus: number of givens, uniform over the range")
     add("--resize", type=int, metavar="PX", help="shrink images whose shorter side is longer than PX")
     add("--quality", type=int, default=95, help="JPEG quality of shrunk images (default 95)")
     add(
@@ -91,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.data.sources.sample import Request
 
     temporary = out / ".building" / "unpacked"
-    request = Request(source_input, temporary, options.count, options.seed, options.raw, tuple(options.split))
+    givens = _givens(options.givens)
+    request = Request(source_input, temporary, options.count, options.seed, options.raw, tuple(options.split), givens)
     module = import_module(f"pretrain.data.sources.{KINDS[kind].module}")
     sources: dict[str, Source] = dict(module.open_source(kind, request))
     if request.notes:
@@ -101,12 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{kind} has no split {unknown[0]!r} here; it has {', '.join(sources) or 'none'}")
     for split, source in sources.items():
         if not options.split or split in options.split:
-            _make(kind, split, source, out / split, options)
+            _make(kind, source_input, split, source, out / split, options)
     if temporary.exists():
         import shutil
 
         shutil.rmtree(temporary.parent)
     return 0
+
+
+def _givens(text: str | None) -> tuple[int, int] | None:
+    from pretrain.data.sources.sudoku import parse_givens
+
+    return None if text is None else parse_givens(text)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -139,7 +161,7 @@ def _paths(options: argparse.Namespace) -> tuple[str, Path | None, Path]:
             f"{kind} takes {' '.join(wanted)}, not {len(paths)} paths: make_shards.py {kind} {' '.join(wanted)}"
         )
     found = [Path(path).expanduser().absolute() for path in paths]
-    if len(found) == 2 and not found[0].exists():
+    if len(found) == 2 and not found[0].exists() and "{" not in found[0].name:
         raise UserError(f"{found[0]} does not exist; INPUT is what {kind} is made from")
     return kind, found[0] if len(found) == 2 else None, found[-1]
 
@@ -150,13 +172,15 @@ def _list() -> int:
     return 0
 
 
-def _make(kind: str, split: str, source: Source, out: Path, options: argparse.Namespace) -> None:
+def _make(
+    kind: str, source_input: Path | None, split: str, source: Source, out: Path, options: argparse.Namespace
+) -> None:
     from pretrain.data.making import Plan, make
     from pretrain.data.sources.picture import Finish
 
     total = len(source) if options.count is None else min(options.count, len(source))
     finish = Finish(options.resize, options.quality, check=not options.no_check)
-    plan = Plan(kind, split, total, options.per_shard, options.seed, finish)
+    plan = Plan(kind, str(source_input or ""), split, options.raw, total, options.per_shard, options.seed, finish)
     with _progress(f"{kind} {split}".strip(), total) as progress:
         made = make(source, plan, out, max_broken=options.max_broken, workers=options.workers, progress=progress)
     state = "was there already" if made.was_there else "written"

@@ -39,7 +39,9 @@ class Plan:
     """What decides the bytes of a set, beside the source itself."""
 
     source: str
+    input: str
     split: str
+    raw: bool
     num_pictures: int
     per_shard: int
     seed: int

@@ -112,10 +112,10 @@ class _Machine:
 
 def _called(function: object, arguments: object) -> object:
     """A call as data. Python 3 writes bytes for Python 2 as the call `_codecs.encode(text, "latin1")`: that is read."""
-    if isinstance(function, Name) and function.path == "_codecs.encode" and isinstance(arguments, tuple):
-        if len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1":
-            return arguments[0].encode("latin-1")
-    return Call(function, arguments)
+    if getattr(function, "path", None) != "_codecs.encode" or not isinstance(arguments, tuple):
+        return Call(function, arguments)
+    text, encoding = arguments
+    return text.encode("latin-1") if encoding == "latin1" else Call(function, arguments)
 
 
 def load_plain(content: bytes) -> Any:

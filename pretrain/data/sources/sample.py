@@ -49,6 +49,7 @@ class Request:
     Attributes:
         temporary: folder for what must be decompressed; removed when the set is finished.
         count: scenes to generate, or pictures to read at most from a stream.
+        givens: range of the number of givens of Sudokus.
         raw: keep benchmark scenes as they are, not as the published protocol cuts them.
         notes: lines for the user that opening the source adds to.
     """
@@ -59,6 +60,7 @@ class Request:
     seed: int = 0
     raw: bool = False
     splits: Sequence[str] = ()
+    givens: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -215,7 +215,7 @@ def open_tree(path: Path, temporary: Path, *, nested: bool = False) -> Tree:
 
 def _decompressed(path: Path, temporary: Path, opener: Any) -> Path:
     temporary.mkdir(parents=True, exist_ok=True)
-    target = temporary / f"{path.name}.plain"
+    target = temporary / f"{path.name}-{path.stat().st_size}.plain"
     if not target.exists():
         partial = target.with_suffix(".part")
         try:
