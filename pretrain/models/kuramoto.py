@@ -15,6 +15,7 @@ gamma / (1 + gamma). Ours is the plain equation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.connectivity import Coupling, Grid
+from pretrain.models.kernels import native
 
+KERNELS = ("plain", "compiled", "native")
 NORMS = ("sphere", "clamp", "rms", "none")
 TINY = 1e-24  # square of the smallest norm that still divides
 
@@ -90,6 +93,12 @@ def kuramoto_step(
         x = normalise(x, n) * math.sqrt(n)
         return x if gain is None else x * gain
     return x
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., Tensor]:
+    """One graph for all layers and steps of the same shapes."""
+    return torch.compile(kuramoto_step, dynamic=False)
 
 
 def energy(x: Tensor, y: Tensor) -> Tensor:
@@ -211,6 +220,7 @@ class KuramotoLayer(nn.Module):
         self.omega = omega
         self.gain = nn.Parameter(torch.empty(dim)) if norm == "rms" else None
         self.grad_checkpointing = False
+        self.kernel = "plain"
 
     def init_weights(self) -> None:
         if self.gain is not None:
@@ -226,19 +236,23 @@ class KuramotoLayer(nn.Module):
         which keeps what it is given alive: leave it out in training.
         """
         gamma = self.gamma if gamma is None else gamma
+        steps = self.num_steps if num_steps is None else num_steps
         c = self.c_norm(c.float())
         x = normalise(x.float(), self.n)
-        positions = self.coupling.positions(grid)
         frequency = None if self.omega is None else self.omega()
+        if observe is None and self.kernel == "native" and native.supports(self, x):
+            return native.run(self, x, c, grid, steps, gamma, frequency)
+        positions = self.coupling.positions(grid)
+        update = _compiled_step() if observe is None and self.kernel == "compiled" else kuramoto_step
 
         def step(x: Tensor, t: int) -> Tensor:
             y = c + self.coupling(x, grid, positions)
             if observe is not None:
                 observe(t, x, c, y)
-            return kuramoto_step(x, y, gamma, frequency, self.gain, self.rule)
+            return update(x, y, gamma, frequency, self.gain, self.rule)
 
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and observe is None
-        for t in range(self.num_steps if num_steps is None else num_steps):
+        for t in range(steps):
             x = checkpoint(step, x, t, use_reentrant=False) if recompute else step(x, t)
         return x
 

@@ -1,0 +1,84 @@
+// What a layer is made of, as Python hands it over, and the memory of a thread.
+//
+// Legend: B images, N tokens (a multiple of 16, the first `valid` of them real), C channels, n components (at most 16),
+// K = C/n oscillators (a multiple of 16), H heads, D = C/H (16, or a multiple of 32 up to 512), E the type of the
+// operands of matrix products (float or bf16). State and sums are fp32.
+
+#pragma once
+#include <cstdlib>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+const int ROWS = 32;  // rows of a block of the products with weights, and of queries
+
+// One block per thread, grown when needed and kept: fresh pages cost more than the arithmetic on them.
+struct Arena {
+  char* base = nullptr;
+  size_t size = 0, used = 0;
+  ~Arena() { free(base); }
+  void reserve(size_t bytes) {
+    used = 0;
+    if (bytes <= size) return;
+    free(base);
+    size = (bytes + (1 << 21) - 1) >> 21 << 21;
+    base = (char*)aligned_alloc(1 << 21, size);
+  }
+  template <class T> T* take(long count) {
+    T* p = (T*)(base + used);
+    used += (count * sizeof(T) + 4096 + 255) / 256 * 256 + 64;  // 64: keeps equal buffers off the same cache sets
+    return p;
+  }
+};
+thread_local Arena arena;
+
+struct Layer {
+  int64_t B, N, valid, C, n, H, steps;
+  int64_t gta, projection, self_drift, keep, threads;
+  float gamma;
+  const float *w_qkv, *b_qkv, *w_out, *b_out;  // [3C, C], [3C], [C, C], [C], as nn.Linear holds them
+  const float *own, *other;                    // [4, N, D]: out[e] = own[e] u[e] + other[e] u[e +- D/2]; q, k, v, output
+  const float* frequency;                      // [n/2, K] or null
+  const float* stimulus;                       // [B, N, C]
+  float* states;                               // keep: [steps + 1, B, N, C], first given; else [B, N, C], updated in place
+  void *qkv, *mixed, *drive;                   // kept E: [steps, B, N, 3C], [steps, B, N, C], [steps, B, N, C]; or null
+  float* lse;                                  // kept: [steps, B, H, N], base 2; or null
+  // backward
+  float* grad;            // [B, N, C]: in d final state, out d first state
+  float *d_stimulus;      // [B, N, C]
+  float *d_w_qkv, *d_b_qkv, *d_w_out;  // [C, 3C] (transposed), [3C], [C, C] (transposed)
+  float *d_own, *d_other; // [4, N, D]
+  float *d_frequency;     // [n/2, K] or null
+  double* d_gamma;        // [1]
+};
+
+// Weights as B operands, packed once per call.
+template <class E> struct Weights {
+  std::vector<E> qkv, out, qkv_back, out_back;
+  Weights(const Layer& l, bool backward) {
+    const long C = l.C;
+    qkv.resize(3 * C * C);
+    out.resize(C * C);
+    pack_rows(l.w_qkv, C, 3 * C, qkv.data());
+    pack_rows(l.w_out, C, C, out.data());
+    if (!backward) return;
+    qkv_back.resize(3 * C * C);
+    out_back.resize(C * C);
+    pack(l.w_qkv, C, 3 * C, C, qkv_back.data());
+    pack(l.w_out, C, C, C, out_back.data());
+  }
+  // weight [columns, depth] -> B of its transpose
+  static void pack_rows(const float* w, int depth, int columns, E* dst) {
+    if constexpr (sizeof(E) == 4) {
+      pack_transposed(w, depth, depth, columns, dst);
+    } else {
+      std::vector<bf16> half((size_t)columns * depth);
+      for (long i = 0; i < (long)columns * depth; i += 16) store(half.data() + i, load(w + i));
+      pack_transposed(half.data(), depth, depth, columns, dst);
+    }
+  }
+};
+
+}  // namespace

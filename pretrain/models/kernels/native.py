@@ -1,0 +1,209 @@
+"""The K-layer with attention coupling in one call per direction (klayer.cpp), for autograd.
+
+Legend: B images, N tokens, C channels, n components, K = C/n oscillators, H heads, D = C/H, P = D/2 pairs, T steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pretrain.models.connectivity import AttentionCoupling, Grid
+from pretrain.models.kernels.build import library
+
+if TYPE_CHECKING:
+    from pretrain.models.kuramoto import KuramotoLayer
+
+TOKEN_MULTIPLE = 16  # rows of a vector or tile
+
+
+class _Layer(ctypes.Structure):
+    """struct Layer of layer.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "N", "valid", "C", "n", "H", "steps")),
+        *((name, ctypes.c_int64) for name in ("gta", "projection", "self_drift", "keep", "threads")),
+        ("gamma", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("w_qkv", "b_qkv", "w_out", "b_out", "own", "other", "frequency")),
+        *((name, ctypes.c_void_p) for name in ("stimulus", "states", "qkv", "mixed", "drive", "lse")),
+        *((name, ctypes.c_void_p) for name in ("grad", "d_stimulus", "d_w_qkv", "d_b_qkv", "d_w_out")),
+        *((name, ctypes.c_void_p) for name in ("d_own", "d_other", "d_frequency", "d_gamma")),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel is told beside tensors. recompute: keep the states only, and compute the rest again."""
+
+    n: int
+    num_heads: int
+    num_steps: int
+    projection: bool
+    self_drift: bool
+    recompute: bool
+    dtype: torch.dtype
+
+
+def takes(dim: int, n: int, num_heads: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes layers of this shape, with products in float32 or bfloat16. Compiles it at first."""
+    head_dim = dim // num_heads
+    shape = dim % (16 * n) == 0 and n <= 16 and (head_dim == 16 or (head_dim % 32 == 0 and head_dim <= 512))
+    if not shape or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    found = library()
+    return found.handle is not None and (dtype == torch.float32 or found.bf16)
+
+
+def supports(layer: KuramotoLayer, x: Tensor) -> bool:
+    """Whether the kernel computes this layer on an input like x [B, N, C], under the present autocast."""
+    coupling = layer.coupling
+    return (
+        isinstance(coupling, AttentionCoupling)
+        and layer.rule.norm == "sphere"
+        and type(x) is Tensor  # neither fake nor traced
+        and x.device.type == "cpu"
+        and x.dtype == coupling.qkv.weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and takes(layer.dim, layer.n, coupling.num_heads, product_dtype(x.device))
+    )
+
+
+def run(
+    layer: KuramotoLayer, x: Tensor, c: Tensor, grid: Grid, num_steps: int, gamma: float | Tensor,
+    frequency: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """All steps of a layer that `supports` accepts, from unit oscillators x under the normalised stimulus c."""
+    coupling = layer.coupling
+    assert isinstance(coupling, AttentionCoupling)
+    positions = coupling.positions(grid)
+    plan = Plan(
+        n=layer.n, num_heads=coupling.num_heads, num_steps=num_steps, projection=layer.rule.projection,
+        self_drift=layer.rule.self_drift and frequency is None, recompute=layer.grad_checkpointing,
+        dtype=product_dtype(x.device),
+    )  # fmt: skip
+    weights = coupling.qkv.weight, coupling.qkv.bias, coupling.out.weight, coupling.out.bias
+    tables = None if positions is None else pair_tables(positions[0].squeeze(4), positions[1].squeeze(3))
+    if frequency is not None:
+        frequency = frequency.expand(layer.n // 2, layer.dim // layer.n)
+    return run_layer(x, c, weights, tables, frequency, torch.as_tensor(gamma, dtype=torch.float32), plan)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Type of matrix products here: autocast's, or float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def pair_tables(gta_in: Tensor, gta_out: Tensor) -> tuple[Tensor, Tensor]:
+    """GTA matrices [2, 2, N, 3, P], [2, 2, N, P] as two factors [4, N, D]: own * u + other * (u, halves swapped)."""
+    matrices = torch.cat([gta_in.permute(3, 0, 1, 2, 4), gta_out.unsqueeze(0)])  # [4, 2, 2, N, P]
+    own = torch.cat([matrices[:, 0, 0], matrices[:, 1, 1]], dim=-1)
+    return own, torch.cat([matrices[:, 0, 1], matrices[:, 1, 0]], dim=-1)
+
+
+def run_layer(
+    x: Tensor, c: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor] | None,
+    frequency: Tensor | None, gamma: Tensor, plan: Plan,
+) -> Tensor:  # fmt: skip
+    """T steps from unit oscillators x under c, float32 [B, N, C] each.
+
+    weights: of the projections to q, k, v [3C, C], [3C] and of the output [C, C], [C]; tables: see `pair_tables`;
+    frequency [n/2, K] or None.
+    """
+    num_tokens = x.shape[1]
+    rest = -num_tokens % TOKEN_MULTIPLE
+    if rest:
+        x, c = F.pad(x, (0, 0, 0, rest)), F.pad(c, (0, 0, 0, rest))
+        tables = tables and (F.pad(tables[0], (0, 0, 0, rest)), F.pad(tables[1], (0, 0, 0, rest)))
+    own, other = tables if tables is not None else (None, None)
+    out = _NativeLayer.apply(x, c, *weights, own, other, frequency, gamma, plan, num_tokens)
+    return out[:, :num_tokens] if rest else out
+
+
+def _point(layer: _Layer, tensors: Mapping[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        assert tensor is None or tensor.is_contiguous(), name
+        setattr(layer, name, None if tensor is None else tensor.data_ptr())
+
+
+def _call(direction: str, dtype: torch.dtype, layer: _Layer) -> None:
+    handle = library().handle
+    assert handle is not None
+    getattr(handle, f"{direction}_{'float' if dtype == torch.float32 else 'bf16'}")(ctypes.byref(layer))
+
+
+class _NativeLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, c: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_out: Tensor, b_out: Tensor,
+        own: Tensor | None, other: Tensor | None, frequency: Tensor | None, gamma: Tensor, plan: Plan, valid: int,
+    ) -> Tensor:  # fmt: skip
+        B, N, C = x.shape
+        keep = any(ctx.needs_input_grad)
+        given = (c, w_qkv, b_qkv, w_out, b_out, own, other, frequency)
+        inputs = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
+        states = x.new_empty((plan.num_steps * keep + 1, B, N, C))
+        states[0].copy_(x)
+        kept: list[Tensor | None] = [None] * 4
+        if keep and not plan.recompute:
+            shape = (plan.num_steps, B, N)
+            kept = [
+                *(x.new_empty((*shape, width), dtype=plan.dtype) for width in (3 * C, C, C)),
+                x.new_empty((plan.num_steps, B, plan.num_heads, N)),
+            ]
+        layer = _describe(states, inputs, kept, gamma, plan, valid, keep=keep)
+        _call("forward", plan.dtype, layer)
+        ctx.plan, ctx.valid = plan, valid
+        ctx.save_for_backward(states, *inputs, *kept, gamma)
+        return states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        states, *rest, gamma = ctx.saved_tensors
+        inputs, kept = rest[:8], rest[8:]
+        layer = _describe(states, inputs, kept, gamma, ctx.plan, ctx.valid, keep=True)
+        C = states.shape[-1]
+        own, frequency = inputs[5], inputs[7]
+        out: dict[str, Tensor | None] = {
+            "grad": grads[0].float().clone(memory_format=torch.contiguous_format),
+            "d_stimulus": torch.empty_like(states[0]),
+            "d_w_qkv": states.new_zeros(C, 3 * C),
+            "d_b_qkv": states.new_zeros(3 * C),
+            "d_w_out": states.new_zeros(C, C),
+            "d_own": None if own is None else torch.zeros_like(own),
+            "d_other": None if own is None else torch.zeros_like(own),
+            "d_frequency": None if frequency is None else torch.zeros_like(frequency),
+            "d_gamma": states.new_zeros(1, dtype=torch.float64),
+        }
+        _point(layer, out)
+        _call("backward", ctx.plan.dtype, layer)
+        d_c, d_gamma = out["d_stimulus"], out["d_gamma"]
+        assert d_c is not None
+        assert d_gamma is not None
+        d_b_out = d_c.sum((0, 1))  # the bias of the output projection enters every step as c does
+        weights = (out["d_w_qkv"].T, out["d_b_qkv"], out["d_w_out"].T, d_b_out)  # type: ignore[union-attr]
+        tables = (out["d_own"], out["d_other"], out["d_frequency"])
+        return (out["grad"], d_c, *weights, *tables, d_gamma.reshape(gamma.shape).float(), None, None)
+
+
+def _describe(
+    states: Tensor, inputs: list[Tensor | None], kept: list[Tensor | None], gamma: Tensor, plan: Plan, valid: int, *,
+    keep: bool,
+) -> _Layer:  # fmt: skip
+    """The struct of a call. The tensors must outlive it: it holds addresses only."""
+    _, B, N, C = states.shape
+    layer = _Layer(
+        B=B, N=N, valid=valid, C=C, n=plan.n, H=plan.num_heads, steps=plan.num_steps, gta=inputs[5] is not None,
+        projection=plan.projection, self_drift=plan.self_drift, keep=keep, threads=torch.get_num_threads(),
+        gamma=float(gamma),
+    )  # fmt: skip
+    names = ("stimulus", "w_qkv", "b_qkv", "w_out", "b_out", "own", "other", "frequency")
+    _point(layer, {"states": states, **dict(zip(names, inputs)), **dict(zip(("qkv", "mixed", "drive", "lse"), kept))})
+    return layer

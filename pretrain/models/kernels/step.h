@@ -1,0 +1,129 @@
+// What a step does to one token: the matrices of GTA and the update of the oscillators, with their adjoints.
+
+#pragma once
+#include <cmath>
+
+#include "layer.h"
+
+namespace {
+
+// u -> M u for the pairs of one head and token (transposed = false), or its adjoint.
+template <bool ADJOINT> inline void rotate_head(const float* own, const float* other, int D, const float* u, float* out) {
+  if (D == 16) {
+    vec x = load(u), o = load(other);
+    if (ADJOINT) {
+      vec y = _mm512_mul_ps(o, x);
+      store(out, fma(load(own), x, _mm512_shuffle_f32x4(y, y, 0x4e)));
+    } else {
+      store(out, fma(load(own), x, _mm512_mul_ps(o, _mm512_shuffle_f32x4(x, x, 0x4e))));
+    }
+    return;
+  }
+  const int half = D / 2;
+  for (int e = 0; e < half; e += 16) {
+    vec a = load(u + e), b = load(u + half + e);
+    vec p = load(other + e), q = load(other + half + e);
+    if (ADJOINT) std::swap(p, q);
+    store(out + e, fma(load(own + e), a, _mm512_mul_ps(p, b)));
+    store(out + half + e, fma(load(own + half + e), b, _mm512_mul_ps(q, a)));
+  }
+}
+
+// d own += g u, d other += g swap(u)
+inline void rotate_head_weights(int D, const float* g, const float* u, float* d_own, float* d_other) {
+  if (D == 16) {
+    vec x = load(u), y = load(g);
+    store(d_own, fma(y, x, load(d_own)));
+    store(d_other, fma(y, _mm512_shuffle_f32x4(x, x, 0x4e), load(d_other)));
+    return;
+  }
+  const int half = D / 2;
+  for (int e = 0; e < D; e += 16) {
+    const int swapped = e < half ? e + half : e - half;
+    vec y = load(g + e);
+    store(d_own + e, fma(y, load(u + e), load(d_own + e)));
+    store(d_other + e, fma(y, load(u + swapped), load(d_other + e)));
+  }
+}
+
+// One token of the update: x, s -> next x, which may be x itself.
+inline void update_row(const Layer& l, const float* x, const float* s, float* next) {
+  const int n = l.n, K = l.C / n;
+  const vec gamma = splat(l.gamma);
+  vec u[16], xs[16];
+  for (int k = 0; k < K; k += 16) {
+    vec dot = splat(0.f), square = splat(0.f);
+    for (int m = 0; m < n; m++) {
+      xs[m] = load(x + m * K + k);
+      if (l.projection) dot = fma(xs[m], load(s + m * K + k), dot);
+    }
+    if (l.self_drift) dot = _mm512_sub_ps(dot, splat(1.f));  // x - <x, s> x = -(<x, s> - 1) x
+    for (int m = 0; m < n; m++) {
+      vec drift = fnma(dot, xs[m], load(s + m * K + k));
+      if (l.frequency) {
+        vec w = load(l.frequency + (m / 2) * K + k);
+        drift = m % 2 ? fnma(w, xs[m ^ 1], drift) : fma(w, xs[m ^ 1], drift);
+      }
+      u[m] = fma(gamma, drift, xs[m]);
+      square = fma(u[m], u[m], square);
+    }
+    vec inverse = _mm512_div_ps(splat(1.f), _mm512_sqrt_ps(_mm512_max_ps(square, splat(1e-24f))));
+    for (int m = 0; m < n; m++) store(next + m * K + k, _mm512_mul_ps(u[m], inverse));
+  }
+}
+
+// Adjoint of update_row at x, s: g = d next -> ds, dx (of the update alone); accumulates d gamma and d frequency.
+template <class E>
+inline void update_row_back(const Layer& l, const float* x, const E* s, const float* g, float* ds, float* dx,
+                            vec& d_gamma, float* d_frequency) {
+  const int n = l.n, K = l.C / n;
+  const vec gamma = splat(l.gamma);
+  vec drift[16], u[16], xs[16];
+  for (int k = 0; k < K; k += 16) {
+    vec dot = splat(0.f), square = splat(0.f), along = splat(0.f), radial = splat(0.f);
+    for (int m = 0; m < n; m++) {
+      xs[m] = load(x + m * K + k);
+      if (l.projection) dot = fma(xs[m], load(s + m * K + k), dot);
+    }
+    vec pull = l.self_drift ? _mm512_sub_ps(dot, splat(1.f)) : dot;
+    for (int m = 0; m < n; m++) {
+      drift[m] = fnma(pull, xs[m], load(s + m * K + k));
+      if (l.frequency) {
+        vec w = load(l.frequency + (m / 2) * K + k);
+        drift[m] = m % 2 ? fnma(w, xs[m ^ 1], drift[m]) : fma(w, xs[m ^ 1], drift[m]);
+      }
+      u[m] = fma(gamma, drift[m], xs[m]);
+      square = fma(u[m], u[m], square);
+      radial = fma(u[m], load(g + m * K + k), radial);
+    }
+    square = _mm512_max_ps(square, splat(1e-24f));
+    vec inverse = _mm512_div_ps(splat(1.f), _mm512_sqrt_ps(square));
+    radial = _mm512_div_ps(radial, square);
+    for (int m = 0; m < n; m++) {  // u becomes d u
+      u[m] = _mm512_mul_ps(inverse, fnma(radial, u[m], load(g + m * K + k)));
+      if (l.projection) along = fma(xs[m], u[m], along);
+      d_gamma = fma(u[m], drift[m], d_gamma);
+    }
+    // drift = s - pull x + Omega x, pull = <x, s> [- 1]
+    for (int m = 0; m < n; m++) {
+      vec d_drift = _mm512_mul_ps(gamma, u[m]);
+      vec d_along = _mm512_mul_ps(gamma, along);
+      store(ds + m * K + k, fnma(d_along, xs[m], d_drift));
+      vec d = fnma(pull, d_drift, u[m]);
+      d = fnma(d_along, load(s + m * K + k), d);
+      if (l.frequency) {  // transpose of Omega
+        vec w = load(l.frequency + (m / 2) * K + k), other = _mm512_mul_ps(gamma, u[m ^ 1]);
+        d = m % 2 ? fma(w, other, d) : fnma(w, other, d);
+        if (m % 2 == 0) {
+          float* dw = d_frequency + (m / 2) * K + k;
+          vec turn = _mm512_mul_ps(d_drift, xs[m + 1]);
+          turn = fnma(other, xs[m], turn);
+          store(dw, _mm512_add_ps(load(dw), turn));
+        }
+      }
+      store(dx + m * K + k, d);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,147 @@
+"""The native K-layer against the plain one in double precision: values and every gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.models.connectivity import AttentionCoupling, Grid
+from pretrain.models.kernels import build, native
+from pretrain.models.kuramoto import KuramotoLayer, Omega
+
+needs_native = pytest.mark.skipif(build.library().handle is None, reason=build.library().reason or "compiled")
+needs_bf16 = pytest.mark.skipif(not build.library().bf16, reason="no AMX")
+
+
+def make_layer(
+    dim: int, num_heads: int, n: int, grid: Grid, *, gta: bool = True, omega: str = "none", **kwargs: bool
+) -> KuramotoLayer:
+    torch.manual_seed(0)
+    frequencies = None if omega == "none" else Omega(dim, n, shared=omega == "global", init=1.0, learned=True)
+    layer = KuramotoLayer(
+        dim, n, AttentionCoupling(dim, num_heads, grid if gta else None), num_steps=3, omega=frequencies, **kwargs
+    )
+    with torch.no_grad():
+        for module in layer.modules():
+            if hasattr(module, "init_weights"):
+                module.init_weights()
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return layer
+
+
+def results(layer: KuramotoLayer, grid: Grid, kernel: str, dtype: torch.dtype, *, bf16: bool) -> dict[str, Tensor]:
+    """Final state and all gradients of a fixed random functional of it, in double precision."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (5, grid[0] * grid[1], layer.dim)
+    x, c, weight = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    x, c, gamma = x.requires_grad_(), c.requires_grad_(), torch.tensor([0.7], dtype=dtype, requires_grad=True)
+    layer = copy.deepcopy(layer).to(dtype)
+    layer.kernel = kernel
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = layer(x, c, grid, gamma=gamma)
+    (y * weight).sum().backward()
+    found = {"y": y, "x": x.grad, "c": c.grad, "gamma": gamma.grad}
+    found |= {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor], *, leave_out: Collection[str] = ()) -> float:
+    """Largest deviation of any tensor, relative to the largest entry of that tensor."""
+    names = [name for name in expected if name not in leave_out]
+    return max(((found[k] - expected[k]).abs().max() / expected[k].abs().max()).item() for k in names)
+
+
+SCALARS = ("gamma", "omega.vector")  # their gradients are single sums in which large parts of both signs cancel
+CASES = {
+    "gta": ({"dim": 64, "num_heads": 4, "n": 4}, (4, 4)),
+    "wide head": ({"dim": 128, "num_heads": 2, "n": 4}, (4, 8)),
+    "two components": ({"dim": 128, "num_heads": 4, "n": 2, "omega": "pair"}, (6, 4)),
+    "eight components": ({"dim": 128, "num_heads": 8, "n": 8, "omega": "global", "gta": False}, (4, 4)),
+    "tokens not a multiple of 16": ({"dim": 64, "num_heads": 4, "n": 4, "omega": "pair"}, (9, 9)),
+    "quirk": ({"dim": 64, "num_heads": 2, "n": 4, "self_drift": True}, (4, 4)),
+    "no projection": ({"dim": 64, "num_heads": 2, "n": 4, "projection": False}, (4, 4)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_fp32_equals_plain(name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, grid = CASES[name]
+    layer = make_layer(grid=grid, **arguments)
+    layer.grad_checkpointing = recompute
+    found = results(layer, grid, "native", torch.float32, bf16=False)
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # the reference in double precision throughout
+    expected = results(layer, grid, "plain", torch.float64, bf16=False)
+    assert worst(found, expected) < 1e-5
+
+
+@needs_native
+@needs_bf16
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_is_no_less_exact_than_autocast(name: str) -> None:
+    arguments, grid = CASES[name]
+    layer = make_layer(grid=grid, **arguments)
+    exact = results(layer, grid, "plain", torch.float32, bf16=False)
+    plain, found = (results(layer, grid, kernel, torch.float32, bf16=True) for kernel in ("plain", "native"))
+    assert worst(found, exact, leave_out=SCALARS) < 1.5 * worst(plain, exact, leave_out=SCALARS)
+
+
+@needs_native
+def test_without_gradients_equals_with(recwarn: pytest.WarningsRecorder) -> None:
+    layer = make_layer(64, 4, 4, (4, 4))
+    layer.kernel = "native"
+    x, c = torch.randn(2, 3, 16, 64).unbind()
+    with torch.no_grad():
+        without = layer(x, c, (4, 4))
+    assert torch.equal(without, layer(x, c, (4, 4)))
+
+
+@needs_native
+def test_same_bits_every_time_and_for_any_batch() -> None:
+    layer = make_layer(64, 4, 4, (4, 4))
+    layer.kernel = "native"
+    x, c = torch.randn(2, 6, 16, 64).unbind()
+    with torch.no_grad():
+        whole = layer(x, c, (4, 4))
+        assert torch.equal(whole, layer(x, c, (4, 4)))
+        assert torch.equal(whole[4:], layer(x[4:], c[4:], (4, 4)))
+
+
+def test_shapes_that_fit_no_vector_take_the_plain_path() -> None:
+    assert not native.takes(96, 4, 8, torch.float32)
+    assert not native.takes(128, 4, 8, torch.float64)
+    assert not native.takes(128, 4, 8, torch.float16)
+
+
+def test_without_a_compiler_the_plain_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AKORN_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    build.library.cache_clear()
+    try:
+        assert build.library().handle is None
+        assert len(build.library().reason.splitlines()) == 1
+        layer = make_layer(64, 4, 4, (4, 4))
+        x, c = torch.randn(2, 3, 16, 64).unbind()
+        plain = layer(x, c, (4, 4))
+        layer.kernel = "native"
+        assert torch.equal(layer(x, c, (4, 4)), plain)
+    finally:
+        build.library.cache_clear()
+
+
+@needs_native
+def test_an_empty_path_uses_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    build.library.cache_clear()
+    try:
+        assert build.library().handle is not None
+    finally:
+        build.library.cache_clear()
