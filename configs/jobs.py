@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from configs.cluster import Cluster
+from configs.models import Argument, nearest
+from configs.presets import PRESETS
 from configs.section import Section
 
 
@@ -28,18 +30,90 @@ class EvaluationConfig(Section):
     cluster: Cluster = Cluster()
 
 
-class ObjectDiscoveryConfig(EvaluationConfig):
+class BackboneConfig(EvaluationConfig):
+    """How the backbone of an evaluation is read."""
+
+    arch: str | None = Field(
+        None, description="timm model that a bare weights file belongs to; default: a published AKOrN or ItrSA"
+    )
+    args: dict[str, Argument] = Field(
+        default_factory=dict, description="arguments of that model, e.g. {T: 8}; published names for published files"
+    )
+    layer: str = Field(
+        "readout", description="features: readout (the last map), oscillators, or the number of a timm feature level"
+    )
+    steps: NonNegativeInt | None = Field(None, description="T at test time; default: the model's own")
+    input_size: PositiveInt | None = Field(None, description="side the model sees images at; default: the data's")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+
+
+class ObjectDiscoveryConfig(BackboneConfig):
     """Unsupervised object discovery: group the features of each image, compare with its masks."""
 
     job: Literal["object_discovery"] = "object_discovery"
+    also: tuple[str, ...] = Field((), description="further backbones in the same table, under the same protocol")
     preset: str | None = Field(None, description="protocol of a data set by name (docs/evaluation.md)")
+    size: PositiveInt | None = Field(None, description="side of the scored images; default: the preset's")
+    k: PositiveInt | None = Field(None, description="segments per image; default: the preset's")
+    sweep: tuple[PositiveInt, ...] = Field((), description="further numbers of segments to score")
+    method: Literal["linkage", "kmeans", "spectral", "codebook"] = Field(
+        "linkage", description="average linkage, faiss k-means, normalised cut, or k-means over the whole data set"
+    )
+    distance: PositiveFloat | None = Field(None, description="cut the dendrogram here instead of at k segments")
+    components: PositiveInt | None = Field(128, description="principal components kept per image; none: all")
+    uptile: PositiveInt = Field(1, description="up-tiling factor: features on an r times finer grid")
+    starts: PositiveInt = Field(4, description="random starts of the oscillators; scores are their mean")
+    choose: Literal["mean", "energy"] = Field(
+        "mean", description="energy: for each image, the start that ends in the lowest energy"
+    )
+    controls: tuple[Literal["random", "uncoupled", "no_steps"], ...] = Field(
+        ("random",), description="random: untrained weights; uncoupled: J = 0; no_steps: T = 0"
+    )
+    baselines: tuple[Literal["colour", "colour_position", "components", "one_segment", "grid"], ...] = Field(
+        ("colour", "colour_position", "components", "one_segment", "grid"),
+        description="trivial methods scored beside; grid is the best that a grid of tokens can reach",
+    )
+    pictures: NonNegativeInt = Field(12, description="images drawn")
+    bootstrap: NonNegativeInt = Field(2000, description="resamplings for the interval of differences")
+    image: str | None = Field(None, description="segment this picture instead of scoring a data set")
+    workers: PositiveInt | None = Field(None, description="threads of decoding and clustering; default: all cores")
+
+    @field_validator("preset")
+    @classmethod
+    def _check_preset(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"no protocol {name!r}" + nearest(name, list(PRESETS)))
+        return name
 
 
-class LinearProbeConfig(EvaluationConfig):
+class LinearProbeConfig(BackboneConfig):
     """Linear probe and k-NN on frozen features."""
 
     job: Literal["linear_probe"] = "linear_probe"
     train: str | None = Field(None, description="labelled shards the probe is trained on")
+    size: PositiveInt | None = Field(None, description="side of the images; default: the model's own input size")
+    resize: PositiveInt | None = Field(None, description="shorter side before the centre crop; default: size / 0.875")
+    features: tuple[Literal["pooled", "avg", "max", "oscillators", "pixels"], ...] = Field(
+        ("pooled", "avg", "max"), description="heads are trained on each of these and on all of them together"
+    )
+    rates: tuple[PositiveFloat, ...] = Field(
+        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        description="learning rates tried at once, for batches of 256",
+    )
+    epochs: PositiveInt = Field(30, description="passes of the heads over the training features")
+    head_batch: PositiveInt = Field(1024, description="images per step of the heads")
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of the training set that chooses among the heads")
+    crops: NonNegativeInt = Field(
+        0, description="randomly cropped and flipped copies of the training set, besides the centre crop"
+    )
+    low_shot: tuple[float, ...] = Field((), description="further probes on these shares of the training set, e.g. 0.01")
+    knn: tuple[PositiveInt, ...] = Field((10, 20, 100, 200), description="neighbours of the k-NN classifiers")
+    knn_temperature: PositiveFloat = Field(0.07, description="temperature of their weights")
+    controls: tuple[Literal["random", "pixels"], ...] = Field(
+        ("random", "pixels"), description="probes of the untrained backbone and of raw pixels, beside"
+    )
+    cache_dir: str | None = Field(None, description="folder for features; default: in the results' folder")
+    keep_features: bool = Field(False, description="leave the features there, with their keys in order")
 
 
 class SudokuConfig(EvaluationConfig):
