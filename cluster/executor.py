@@ -66,6 +66,7 @@ def slurm_parameters(
         raise UserError(f"cluster.sbatch_args: {', '.join(sorted(reserved))} is set by the launcher; remove it")
     if after:
         additional |= {"dependency": after, "kill-on-invalid-dep": "yes"}
+    srun_args = ["--kill-on-bad-exit=1", *cluster.srun_args]
     parameters: dict[str, Any] = {
         "job_name": name,
         "nodes": resources.nodes,
@@ -82,10 +83,13 @@ def slurm_parameters(
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": additional,
-        "srun_args": ["--kill-on-bad-exit=1", *cluster.srun_args],
+        "srun_args": srun_args,
         "setup": _setup_lines(cluster.setup, exports),
         "teardown": _last_lines(folders, code),
     }
+    if resources.cores is not None:
+        # Since SLURM 22.05 srun does not take it over from sbatch.
+        srun_args.append(f"--cpus-per-task={resources.cores}")
     if resources.gpus:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
         parameters["gpus_per_node"] = f"{kind}{resources.gpus}"

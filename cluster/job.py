@@ -76,6 +76,9 @@ class Job:
     def __call__(self) -> str:
         """Run this rank. Returns what it came to; leaves by SystemExit where the exit code matters."""
         submission = Submission(Path(self.submission))
+        outcome = submission.outcome()
+        if outcome is not None:  # SLURM started a job again that was over, after a node had failed at its end
+            return outcome.status
         here = place()
         generation = submission.generation(here.life)
         if here.requeue_id is None:

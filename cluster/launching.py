@@ -241,9 +241,11 @@ def print_dry_run(
         for label, text in describe(config, plan_of(config, each[PRETRAIN])):
             print(f"{label:12}{text}")
     for link in wanted:
-        print(f"{link.name:12} {describe_resources(each[link.name])}")
-        if each[link.name].executor == "slurm":
-            print(_script(link, home, each[link.name]))
+        waits = f", after {', '.join([*link.needs, *link.after])}" if link.needs else ""
+        print(f"{'submit':12}{link.name}: {describe_resources(each[link.name])}{waits}")
+    if wanted and each[wanted[0].name].executor == "slurm":
+        print(f"{'script':12}of {wanted[0].name}; the others differ in name, resources and dependency")
+        print(_script(wanted[0], home, each[wanted[0].name]))
     for check in found:
         print(f"{check.level:12}{check.text}")
     names = ", ".join(link.name for link in wanted) or "nothing: all is finished"

@@ -6,8 +6,9 @@ Owns: `Progress`, kept up to date from new rows, and its formatting. Pure but fo
 from __future__ import annotations
 
 import math
-import time
+import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 from cluster.tail import JsonTail
 
 # Keys of an event that its line does not repeat.
-_NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank"})
+_NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank", "zero_stage", "stream"})
+# Events that the launcher tells in its own words.
+_TOLD = frozenset({"finished"})
 
 
 @dataclass
@@ -25,24 +28,21 @@ class Progress:
     steps: int | None = None
     step: int = 0
     figures: dict[str, float] = field(default_factory=dict)
-    _times: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
+    _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
-    def add(self, row: dict[str, Any], now: float | None = None) -> None:
-        """Take in a row of metrics.jsonl."""
-        # A row tells of a step that is done: step s (from 0) means s + 1 steps.
-        self.step = int(row["step"]) + 1
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in a row of metrics.jsonl, which tells of a complete step."""
+        self.step = int(row["step"])
         self.figures.update({key: float(value) for key, value in row.items() if isinstance(value, int | float)})
-        self._times.append((float(row.get("time", now or time.time())), self.step))
+        if isinstance(row.get("step_s"), float):
+            self._step_s.append(row["step_s"])
 
     @property
     def seconds_left(self) -> float | None:
         """At the speed of the last rows; None where that is not known."""
-        if self.steps is None or len(self._times) < 2:
+        if self.steps is None or not self._step_s:
             return None
-        (first, step), (last, newest) = self._times[0], self._times[-1]
-        if newest <= step or last <= first:
-            return None
-        return (self.steps - self.step) * (last - first) / (newest - step)
+        return (self.steps - self.step) * statistics.median(self._step_s)
 
     def text(self) -> str:
         """Step, loss, speed and time left in one line, without what is not known."""
@@ -77,7 +77,8 @@ class RunReader:
         for row in self._events.read():
             if isinstance(row.get("steps"), int):
                 self.progress.steps = row["steps"]
-            lines.append(event_text(row))
+            if row.get("event") not in _TOLD:
+                lines.append(event_text(row))
         return [line for line in lines if line]
 
 

@@ -32,7 +32,7 @@ from configs.errors import run
 
 _POLL_S = 0.1
 # The others of a broken rank get so long to fail by themselves, for the sake of their logs, then they are killed.
-_PEERS_S = 5.0
+_PEERS_S = 3.0
 # After the first rank is done, the others may take so long to end.
 _LEAVING_S = 300.0
 _LONGEST_PAUSE_S = 60.0
@@ -94,15 +94,14 @@ class Supervisor(Controller):
         """One life: start the ranks and wait until all have ended. Returns their exit codes as they came."""
         self.start_tasks()
         deadline = float("inf")
-        while any(task.poll() is None for task in self.tasks):
-            codes = [task.returncode for task in self.tasks if task.returncode is not None]
-            if codes:
-                patience = _PEERS_S if any(code not in (0, PREEMPTED) for code in codes) else _LEAVING_S
-                deadline = min(deadline, time.monotonic() + patience)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
         codes = [task.poll() for task in self.tasks]
+        while None in codes and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            codes = [task.poll() for task in self.tasks]
+            ended = [code for code in codes if code is not None]
+            if ended:
+                patience = _LEAVING_S if set(ended) <= {0, PREEMPTED} else _PEERS_S
+                deadline = min(deadline, time.monotonic() + patience)
         return [-signal.SIGKILL if code is None else code for code in codes]
 
     def supervise(self) -> None:

@@ -1,0 +1,105 @@
+"""A real SLURM of three nodes on this machine, for tests: started by up.sh, with faults on demand.
+
+Owns: where it lies, starting and stopping it, and finding the processes of a job's ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parent
+ROOT = Path(os.environ.get("SLURM_TEST_ROOT", "/tmp/akorn-slurm"))
+NODES = ("n1", "n2", "n3")
+
+
+def why_not() -> str | None:
+    """Why no SLURM can be started here, or None if it can."""
+    if os.geteuid() != 0:
+        return "a SLURM of several nodes needs root (network and process namespaces)"
+    if not Path("/usr/bin/dpkg-query").exists():
+        return "a SLURM of several nodes needs Debian's packages"
+    return None
+
+
+def start() -> str | None:
+    """Start the cluster, or find it healthy. Returns why it could not be started."""
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "up.sh")], env=_own_environment(), capture_output=True, text=True, timeout=300
+    )
+    return None if done.returncode == 0 else f"SLURM did not start: {done.stderr.strip()[-500:]}"
+
+
+def stop() -> None:
+    subprocess.run(["bash", str(SCRIPTS / "down.sh")], env=_own_environment(), check=False, timeout=60)
+
+
+def fault(command: str, node: str) -> None:
+    """crash, kill-slurmd, unplug, plug or start a node."""
+    subprocess.run(
+        ["bash", str(SCRIPTS / "up.sh"), command, node.removeprefix("n")],
+        env=_own_environment(),
+        check=True,
+        timeout=90,
+    )
+
+
+def heal() -> None:
+    """Bring back all nodes."""
+    for node in NODES:
+        fault("start", node)
+
+
+def _own_environment() -> dict[str, str]:
+    return {**os.environ, "SLURM_TEST_ROOT": str(ROOT)}
+
+
+def environment() -> dict[str, str]:
+    """The variables by which SLURM's commands find this cluster."""
+    return {"SLURM_CONF": str(ROOT / "etc" / "slurm.conf")}
+
+
+def command(*arguments: str) -> str:
+    """Output of a SLURM command."""
+    done = subprocess.run(arguments, env={**os.environ, **environment()}, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def nodes_of(job_id: str) -> list[str]:
+    """Nodes on which a job runs now, its first (with the batch script and rank 0) first."""
+    names = command("scontrol", "show", "hostnames", command("squeue", "-h", "-j", job_id, "-o", "%N"))
+    return names.split()
+
+
+def ranks(job_id: str) -> Iterator[tuple[int, int]]:
+    """Process id and rank of each process of a job that is a rank (not srun, not a loader worker)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = dict(
+                item.split(b"=", 1) for item in (folder / "environ").read_bytes().split(b"\0") if b"=" in item
+            )
+        except OSError:
+            continue
+        mine = variables.get(b"SLURM_JOB_ID") == job_id.encode() and b"SLURM_PROCID" in variables
+        if mine and b"submitit.core._submit" in arguments and b"python" in arguments[0]:
+            yield int(folder.name), int(variables[b"SLURM_PROCID"])
+
+
+def kill_rank(job_id: str, rank: int) -> None:
+    """kill -9 of one rank."""
+    (pid,) = (pid for pid, number in ranks(job_id) if number == rank)
+    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition holds; fails with `what` after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.2)
