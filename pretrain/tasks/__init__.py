@@ -16,9 +16,9 @@ from configs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from pretrain.data.batch import Batch
 
     from configs.schema import PretrainConfig
+    from pretrain.data.batch import Batch
 
 
 class Task(Protocol):

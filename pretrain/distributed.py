@@ -1,0 +1,115 @@
+"""The processes of a run: how they find each other, and the few things they tell one another outside the training.
+
+Owns: joining and leaving the process group, this process's place in it, and small messages between ranks on the CPU.
+Tensors of the training travel through DeepSpeed and the loss; messages use a gloo group of their own, so that they
+never wait for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+
+TIMEOUT_S = 1800.0  # a peer may compile or wait for a shard for this long; the watchdog is the finer net
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    messages: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """True on the one rank that writes files."""
+        return self.rank == 0
+
+
+def join(timeout_s: float = TIMEOUT_S) -> Ranks:
+    """Join the run's processes, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; alone without them.
+
+    Collective. On GPUs this sets the current device to LOCAL_RANK (modulo the visible ones).
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))  # DeepSpeed insists on finding it
+    device = _device(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # A store in memory: a lone process needs no port and no network.
+        store = dist.HashStore() if world_size == 1 else None
+        place: dict[str, Any] = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **place)
+    messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return Ranks(rank, world_size, local_rank, device, messages)
+
+
+def leave() -> None:
+    """Leave the process group; does nothing where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_divides(batch_size: int, world_size: int) -> None:
+    """Raise a `UserError` naming the world sizes that work when a global batch does not divide among the ranks."""
+    if batch_size % world_size:
+        fitting = [n for n in range(1, 2 * world_size + 1) if batch_size % n == 0]
+        raise UserError(
+            f"batch_size={batch_size} does not divide among {world_size} processes; "
+            f"use {', '.join(map(str, fitting))} processes or another batch size"
+        )
+
+
+def broadcast_json(value: Any, ranks: Ranks) -> Any:
+    """Return rank 0's value on every rank (collective). The value is what JSON can hold; nothing is unpickled."""
+    if ranks.world_size == 1:
+        return json.loads(json.dumps(value))
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if ranks.first else None
+    size = torch.tensor([0 if data is None else len(data)])
+    dist.broadcast(size, 0, group=ranks.messages)
+    buffer = data if data is not None else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(buffer, 0, group=ranks.messages)
+    return json.loads(buffer.numpy().tobytes().decode())
+
+
+def gather_int64(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return the int64 vectors of all ranks one after the other, on the CPU (collective). Sizes are equal."""
+    values = values.cpu().contiguous()
+    if ranks.world_size == 1:
+        return values
+    whole = [torch.empty_like(values) for _ in range(ranks.world_size)]
+    dist.all_gather(whole, values, group=ranks.messages)
+    return torch.cat(whole)
+
+
+def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return the mean of a CPU tensor over the ranks, in float64 (collective)."""
+    values = values.double()
+    if ranks.world_size > 1:
+        dist.all_reduce(values, group=ranks.messages)
+    return values / ranks.world_size
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait for every rank (collective)."""
+    if ranks.world_size > 1:
+        dist.all_reduce(torch.zeros(1), group=ranks.messages)

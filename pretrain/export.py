@@ -1,0 +1,141 @@
+"""From a checkpoint to a folder that timm loads: the backbone with averaged weights.
+
+python pretrain/export.py runs/imagenet
+python pretrain/export.py runs/imagenet --step 50000 --out /tmp/at_50000
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError, run
+
+if TYPE_CHECKING:
+    from configs.schema import PretrainConfig
+    from torch import nn
+
+
+def export(source: Path, out: Path, *, ema: bool = True) -> Path:
+    """Write the backbone of a run's newest whole checkpoint, or of one checkpoint, in timm's hub layout.
+
+    `out` gets config.json, model.safetensors, README.md and fingerprint.json; it appears whole, by rename, and replaces
+    an older export. `ema=False` takes the weights themselves instead of their average.
+
+    Raises:
+        UserError: there is no whole checkpoint.
+    """
+    from pretrain import checkpoint
+
+    path = source if (source / "manifest.json").exists() else checkpoint.newest(source)
+    reason = "there is none" if path is None else checkpoint.damage(path)
+    if path is None or reason is not None:
+        raise UserError(f"{source} holds no whole checkpoint to export: {reason}")
+    snapshot = checkpoint.load(path)
+    config = _config(snapshot.state["config"])
+    weights = snapshot.tensors["ema" if ema and "ema" in snapshot.tensors else "weights"]
+    backbone = _backbone(config, weights)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _write(partial, backbone, config, snapshot.step)
+    _put_in_place(partial, out)
+    return out
+
+
+def _config(values: dict[str, Any]) -> PretrainConfig:
+    from configs.schema import PretrainConfig
+
+    return PretrainConfig.model_validate_json(json.dumps(values))
+
+
+def _backbone(config: PretrainConfig, weights: dict[str, Any]) -> nn.Module:
+    from pretrain.resume import load_weights, part_of, prefix_of
+    from pretrain.tasks import make_task
+
+    task = make_task(config)
+    load_weights(task.backbone, part_of(weights, prefix_of(task.module, task.backbone)), "the checkpoint")
+    return task.backbone.eval()
+
+
+def _write(folder: Path, backbone: Any, config: PretrainConfig, step: int) -> None:
+    from pretrain import fingerprint
+    from pretrain.quiet import quiet
+    from pretrain.tensorfile import write_tensors
+
+    folder.mkdir(parents=True)
+    if hasattr(backbone, "pretrained_cfg"):
+        from timm.models import save_for_hf
+
+        with quiet():
+            save_for_hf(backbone, str(folder), model_args=dict(config.model.args), safe_serialization=True)
+        size = config.views.size if config.views is not None else backbone.pretrained_cfg["input_size"][-1]
+        taken = fingerprint.take(backbone, [1, 3, size, size])
+        (folder / fingerprint.FILE).write_text(json.dumps(taken))
+    else:  # not a model of images: timm has no layout for it
+        write_tensors(folder / "model.safetensors", backbone.state_dict())
+        described = {"architecture": config.model.name, "model_args": dict(config.model.args), "task": config.task.name}
+        (folder / "config.json").write_text(json.dumps(described, indent=1))
+    (folder / "README.md").write_text(card(config, step, is_timm=hasattr(backbone, "pretrained_cfg")))
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        out.rename(aside)
+    partial.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def card(config: PretrainConfig, step: int, *, is_timm: bool) -> str:
+    """The model card: what this is, how it was trained, how it is loaded."""
+    loading = (
+        "```python\nimport pretrain, timm  # pretrain registers the models of this project\n\n"
+        'model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)  # without pretrained=True: random\n'
+        "```\n"
+    )
+    size = "" if config.views is None else f" on views of {config.views.size} px"
+    return (
+        f"---\ntags: [timm, self-supervised, akorn]\nlibrary_name: timm\n---\n# {config.name}\n\n"
+        f"`{config.model.name}`, trained by task `{config.task.name}`{size} for {step} steps with a global batch of "
+        f"{config.batch_size} ({config.optimizer.name}, learning rate {config.optimizer.lr:g}, weight decay "
+        f"{config.optimizer.weight_decay:g}). Weights are the running average of those of the training; the "
+        "projector is not included.\n\n"
+        f"{loading if is_timm else ''}"
+        "\n`fingerprint.json` holds the features of a fixed input; loading through this project checks them.\n"
+        f"\n<details><summary>configuration</summary>\n\n```json\n{config.model_dump_json(indent=1)}\n```\n</details>\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run or of a checkpoint")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/export)")
+    parser.add_argument("--step", type=int, help="the checkpoint after so many steps (default: the newest whole one)")
+    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last ones")
+    arguments = parser.parse_args(argv)
+    if not arguments.run.is_dir():
+        raise UserError(f"{arguments.run} is no folder; give that of a run, e.g. runs/imagenet")
+    from pretrain import checkpoint
+
+    source = arguments.run if arguments.step is None else checkpoint.folder(arguments.run, arguments.step)
+    if not source.is_dir():
+        steps = ", ".join(str(step) for step, _ in checkpoint.existing(arguments.run)) or "none"
+        raise UserError(f"{arguments.run} has no checkpoint of step {arguments.step}; there are {steps}")
+    out = export(source, arguments.out or arguments.run / "export", ema=arguments.weights == "ema")
+    print(f"exported to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,220 @@
+"""What is measured while training: gathered without waiting for the device, read every `log_every` steps.
+
+Owns: the rows of metrics.jsonl, TensorBoard and Weights & Biases, and the look at them for steps that went wrong. A
+step's tensors stay on the device until they are read, all at once; each step still gets its row.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from configs.schema import Monitor as MonitorConfig
+from pretrain.distributed import Ranks, mean_over_ranks
+from pretrain.runlog import MetricsFile
+from pretrain.schedule import due
+
+if TYPE_CHECKING:
+    from pretrain.data.batch import Batch
+    from pretrain.engine import StepResult
+
+RECENT = 100  # steps that a loss is compared with
+SPIKE = 10.0  # times their usual deviation, to be a spike
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step before it is read."""
+
+    step: int  # complete steps, with this one
+    lr: float
+    samples: Tensor  # [b] int64 of this rank
+    tensors: dict[str, Tensor]
+    host: dict[str, float]
+    norms: Tensor | None = None
+
+
+@dataclass
+class Reading:
+    """What a look at the last steps found: equal on all ranks."""
+
+    bad: list[Record] = field(default_factory=list)  # steps skipped for a gradient that was not finite
+    bad_in_row: int = 0  # the longest unbroken series of them that lasts until now
+    spikes: list[tuple[Record, dict[str, float]]] = field(default_factory=list)
+    last: dict[str, Any] | None = None
+
+
+class Sink(Protocol):
+    """Somewhere rows go."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Gathers steps and reads them. `observe` and `read` are called by every rank at the same steps.
+
+    Args:
+        metrics: the file on rank 0, None elsewhere.
+        views: images that one sample counts for in views_per_s, times the global batch.
+    """
+
+    def __init__(
+        self, config: MonitorConfig, ranks: Ranks, *, metrics: MetricsFile | None, sinks: list[Sink], views: int
+    ) -> None:
+        self._config, self._ranks, self._metrics, self._sinks, self._views = config, ranks, metrics, sinks, views
+        self._pending: list[Record] = []
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._bad_in_row = 0
+        self._clock = time.perf_counter()
+
+    def observe(
+        self, step: int, batch: Batch, tensors: dict[str, Tensor], result: StepResult, *, lr: float, wait_s: float
+    ) -> None:
+        """Take note of a complete step; reads nothing from the device."""
+        tensors = tensors | {"grad_norm": result.grad_norm, "skipped": result.skipped}
+        self._pending.append(Record(step, lr, batch.samples, tensors, {"data_wait_s": wait_s}, result.norms))
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Add figures that are numbers on the host already to the newest step (equal on all ranks)."""
+        self._pending[-1].host.update(figures)
+
+    def due(self, step: int) -> bool:
+        """True after the steps at which `read` is to be called."""
+        return due(step, self._config.log_every)
+
+    def read(self) -> Reading:
+        """Read what was gathered, write the rows, and say what stands out (collective; device sync)."""
+        if not self._pending:
+            return Reading()
+        rows = self._rows()
+        reading = Reading(last=rows[-1])
+        for record, row in zip(self._pending, rows):
+            self._judge(record, row, reading)
+        reading.bad_in_row = self._bad_in_row
+        if self._metrics is not None:
+            self._metrics.append(rows)
+        for sink in self._sinks:
+            sink.write(rows[-1])
+        self._pending = []
+        return reading
+
+    def pause(self) -> None:
+        """Do not count the time until now as a step's (saving, evaluating)."""
+        if not self._pending:
+            self._clock = time.perf_counter()
+
+    def forget(self, step: int) -> None:
+        """Drop what was gathered and written after `step`: it is undone by a rollback."""
+        self._pending, self._bad_in_row = [], 0
+        if self._metrics is not None:
+            self._metrics.cut(step)
+
+    def sync(self) -> None:
+        """Have all rows on disk."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        """Close files and sinks."""
+        for sink in self._sinks:
+            sink.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        values = [t.detach().float().reshape(()) for record in self._pending for t in record.tensors.values()]
+        flat = mean_over_ranks(torch.stack(values).cpu(), self._ranks).tolist()  # the one sync of log_every steps
+        now = time.perf_counter()
+        step_s, self._clock = (now - self._clock) / len(self._pending), now
+        rows, numbers = [], iter(flat)
+        for record in self._pending:
+            row: dict[str, Any] = {"step": record.step, **{name: next(numbers) for name in record.tensors}}
+            row |= {"lr": record.lr, "views_per_s": self._views / step_s, "step_s": step_s, **record.host}
+            row["skipped"] = bool(row["skipped"])
+            # JSON knows no NaN; null says that there is no number.
+            rows.append({name: value if _finite(value) else None for name, value in row.items()})
+        return rows
+
+    def _judge(self, record: Record, row: dict[str, Any], reading: Reading) -> None:
+        if row["skipped"]:
+            self._bad_in_row += 1
+            reading.bad.append(record)
+            return
+        self._bad_in_row = 0
+        loss = row["loss"]
+        if loss is not None:
+            if is_spike(loss, self._losses):
+                reading.spikes.append((record, {"loss": loss, "usual": statistics.median(self._losses)}))
+            self._losses.append(loss)
+
+
+def is_spike(loss: float, recent: deque[float]) -> bool:
+    """True for a loss that lies far above the recent ones, in units of their median absolute deviation."""
+    if len(recent) < 20:
+        return False
+    middle = statistics.median(recent)
+    deviation = statistics.median(abs(value - middle) for value in recent)
+    return loss - middle > SPIKE * max(deviation, 1e-3 * abs(middle), 1e-12)
+
+
+def _finite(value: float) -> bool:
+    return value == value and value not in (float("inf"), float("-inf"))
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; what stands there after `step` is marked as undone."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from pretrain.quiet import quiet
+
+        with quiet():
+            from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add the numbers of a row under train/."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, float):
+                self._writer.add_scalar(f"train/{name}" if "/" not in name else name, value, row["step"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Rows for Weights & Biases; a restarted run goes on under the same id."""
+
+    def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any]) -> None:
+        from configs.errors import UserError
+
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("monitor.wandb is set, but wandb is not installed: pip install wandb") from None
+        self._run = wandb.init(
+            project=project,
+            id=name,
+            name=name,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+            settings={"quiet": True},
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log a row."""
+        self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Finish the life's part of the run."""
+        self._run.finish(quiet=True)

@@ -1,0 +1,67 @@
+"""Being told to stop, and stopping together.
+
+Owns: the signals that ask a training to end (USR2 of submitit and SLURM, TERM), and the agreement of all ranks on the
+step after which they do. Each step carries a small message of the ranks that travels while the next step computes, so
+that agreeing costs no waiting: a request is followed one step later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from pretrain.distributed import Ranks
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+EARLY_REQUEST = "AKORN_STOP_REQUESTED"  # set to 1 by whoever had the signal before this handler was in place
+
+
+class Stop:
+    """A request to stop, made on any rank and agreed by all. Usable as a context that installs the handlers."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.requested = os.environ.get(EARLY_REQUEST) == "1"
+        self._message = torch.zeros(1)
+        self._work: dist.Work | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Stop:
+        """Take over the signals; only possible in the main thread, elsewhere a request comes through `requested`."""
+        with contextlib.suppress(ValueError):
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Not put back: a signal between here and the end of the process must not kill it while files are closed.
+        self.drain()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def agreed(self) -> bool:
+        """True on all ranks alike once any rank was asked to stop before the last call (collective, once a step)."""
+        if self._ranks.world_size == 1:
+            return self.requested
+        answer = self.drain()
+        if not answer:
+            self._message.fill_(float(self.requested))
+            self._work = dist.all_reduce(
+                self._message, op=dist.ReduceOp.MAX, group=self._ranks.messages, async_op=True
+            )
+        return answer
+
+    def drain(self) -> bool:
+        """Wait for the message on its way, if any, and return what it says."""
+        if self._work is None:
+            return False
+        with contextlib.suppress(RuntimeError):  # a peer is gone: the next collective of the training says so
+            self._work.wait()
+        self._work = None
+        return bool(self._message)

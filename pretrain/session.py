@@ -1,0 +1,233 @@
+"""Everything that is open while a run trains: built from the configuration and the newest checkpoint.
+
+Owns: the order in which task, engine, average, loader, monitor and saver come to be, and the state that a checkpoint
+records beside the tensors. Closing is the caller's ExitStack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.loader import dump
+from configs.schema import PretrainConfig
+from pretrain import resume
+from pretrain.checkpoint import Snapshot, write_synced
+from pretrain.display import Display
+from pretrain.distributed import Ranks
+from pretrain.ema import Ema
+from pretrain.engine import Engine, Moments
+from pretrain.lease import Lease
+from pretrain.monitor import Monitor, Sink, TensorBoard, WeightsAndBiases
+from pretrain.observing import Observer, TrainerState, make_twin
+from pretrain.runlog import Events, MetricsFile
+from pretrain.saver import Saver
+from pretrain.schedule import make_schedule, num_steps
+from pretrain.sickness import Rollback
+from pretrain.tasks import Task, make_task
+from pretrain.watchdog import Watchdog
+
+
+@dataclass
+class Session:
+    """What the loop works with, on one rank."""
+
+    config: PretrainConfig
+    run_dir: Path
+    ranks: Ranks
+    lease: Lease
+    events: Events
+    task: Task
+    engine: Engine
+    ema: Ema
+    loader: Any
+    monitor: Monitor
+    display: Display
+    saver: Saver
+    watchdog: Watchdog
+    rate: Callable[[int], float]
+    observers: Sequence[Observer]
+    observed: TrainerState | None
+    start: int  # complete steps at the beginning
+    stream: int  # number of the next batch of the data stream: the step, plus what rollbacks skipped
+    steps: int
+
+    def keys(self, samples: Tensor) -> Iterable[str]:
+        """Keys of samples in the shards."""
+        index = getattr(self.loader, "index", self.loader)
+        return index.keys(samples.numpy())
+
+    def state(self, step: int, stream: int) -> dict[str, Any]:
+        """What a checkpoint records beside the tensors."""
+        return {
+            "step": step,
+            "stream": stream,
+            "steps": self.steps,
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.engine.stage,
+            "data_fingerprint": _fingerprint(self.loader),
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+
+def open_session(
+    config: PretrainConfig,
+    run_dir: Path,
+    ranks: Ranks,
+    lease: Lease,
+    observers: Sequence[Observer],
+    stack: contextlib.ExitStack,
+    rollback: Rollback | None = None,
+) -> Session:
+    """Build everything for a life, or for going on after a rollback (collective).
+
+    Raises:
+        UserError: something in the configuration, the data or the checkpoint does not fit.
+    """
+    lease.check()
+    events = Events(run_dir / "events.jsonl" if ranks.first else None)
+    snapshot = resume.find(run_dir, ranks, events)
+    if snapshot is not None:
+        resume.check_config(snapshot, config, run_dir, events)
+    task = _make_task(config, snapshot)
+    _check_norms(task.module, config, ranks)
+    twin = make_twin(task, ranks.device) if observers else None
+    _prepare(task, config)
+    engine, start = _make_engine(task, config, ranks, snapshot), 0 if snapshot is None else snapshot.step
+    loader = _make_loader(config, task, run_dir, ranks)
+    stack.callback(loader.close)
+    if snapshot is not None:
+        resume.check_data(snapshot, _fingerprint(loader))
+    steps = num_steps(config, len(loader))
+    ema = Ema(engine, config.ema, steps)
+    if snapshot is not None and "ema" in snapshot.tensors:
+        ema.load(snapshot.tensors["ema"], int(snapshot.state["ema_updates"]))
+    display = Display(config.name, start, steps, enabled=ranks.first)
+    stack.callback(display.close)
+    events.say = display.say
+    monitor = _make_monitor(config, task, run_dir, ranks, start)
+    stack.callback(monitor.close)
+    stream = rollback.stream if rollback is not None else start if snapshot is None else int(snapshot.state["stream"])
+    events("started", step=start, steps=steps, world_size=ranks.world_size, zero_stage=engine.stage, stream=stream)
+    return Session(
+        config=config,
+        run_dir=run_dir,
+        ranks=ranks,
+        lease=lease,
+        events=events,
+        task=task,
+        engine=engine,
+        ema=ema,
+        loader=loader,
+        monitor=monitor,
+        display=display,
+        saver=_make_saver(config, run_dir, lease, events, stack),
+        watchdog=_make_watchdog(config, run_dir, ranks, stack),
+        rate=make_schedule(config, len(loader)),
+        observers=observers,
+        observed=None if twin is None else TrainerState(config, ranks, run_dir, task, ema, *twin),
+        start=start,
+        stream=stream,
+        steps=steps,
+    )
+
+
+def _make_task(config: PretrainConfig, snapshot: Snapshot | None) -> Task:
+    """The task with the weights to start from: the checkpoint's, those of `init_from`, or fresh ones from the seed."""
+    torch.manual_seed(config.seed)
+    task = make_task(config)
+    if snapshot is not None:
+        resume.load_weights(task.module, snapshot.tensors["weights"], "the checkpoint")
+    elif config.init_from is not None:
+        resume.initialise_from(config.init_from, task.module, task.backbone)
+    return task
+
+
+def _make_engine(task: Task, config: PretrainConfig, ranks: Ranks, snapshot: Snapshot | None) -> Engine:
+    moments = None
+    if snapshot is not None:
+        moments = Moments(snapshot.tensors.get("moments", {}), int(snapshot.state["optimizer_step"]))
+    task.module.train()
+    return Engine(task, config.compute, config.optimizer, ranks, moments)
+
+
+def _check_norms(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
+    """BatchNorm sees one rank's chunk: results would depend on how a step is computed, which nothing here may."""
+    has = any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
+    if has and (ranks.world_size > 1 or config.compute.micro_batch is not None):
+        raise UserError(
+            f"model.name={config.model.name} has BatchNorm, whose result depends on the number of processes and on "
+            "compute.micro_batch: use one process without micro-batches, or a model without BatchNorm"
+        )
+
+
+def _prepare(task: Task, config: PretrainConfig) -> None:
+    """Set how the backbone computes, where it can be set."""
+    backbone: Any = task.backbone
+    if config.compute.recompute:
+        backbone.set_grad_checkpointing(True)
+    if config.compute.compile and hasattr(backbone, "compile_layers"):
+        backbone.compile_layers()
+
+
+def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks) -> Any:
+    from pretrain.data.loader import Loader
+
+    return Loader(
+        config.data,
+        config.loading,
+        task.transform,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        ledger=run_dir / "skipped.jsonl",
+    )
+
+
+def _fingerprint(loader: Any) -> str:
+    return str(getattr(getattr(loader, "index", None), "fingerprint", ""))
+
+
+def _make_monitor(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks, start: int) -> Monitor:
+    metrics, sinks = None, list[Sink]()
+    if ranks.first:
+        if not (run_dir / "config.yaml").exists():  # started without the launcher
+            write_synced(run_dir / "config.yaml", dump(config).encode())
+        metrics = MetricsFile(run_dir / "metrics.jsonl", start)
+        if config.monitor.tensorboard:
+            sinks.append(TensorBoard(run_dir / "tensorboard", start))
+        if config.monitor.wandb is not None:
+            sinks.append(WeightsAndBiases(config.monitor.wandb, config.name, run_dir, config.model_dump(mode="json")))
+    views = config.batch_size * (2 if config.task.name == "simclr" else 1)
+    return Monitor(config.monitor, ranks, metrics=metrics, sinks=sinks, views=views)
+
+
+def _make_saver(
+    config: PretrainConfig, run_dir: Path, lease: Lease, events: Events, stack: contextlib.ExitStack
+) -> Saver:
+    saver = Saver(run_dir, config.checkpoints, report=events, allowed=lease.check)
+    stack.callback(saver.join)
+    return saver
+
+
+def _make_watchdog(config: PretrainConfig, run_dir: Path, ranks: Ranks, stack: contextlib.ExitStack) -> Watchdog:
+    watchdog = Watchdog(
+        run_dir / "logs" / f"hang_rank{ranks.rank}.txt",
+        rank=ranks.rank,
+        least_s=config.resilience.watchdog_s,
+        factor=config.resilience.watchdog_factor,
+    )
+    watchdog.start()
+    stack.callback(watchdog.close)
+    return watchdog

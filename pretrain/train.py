@@ -1,0 +1,144 @@
+"""Training: from a configuration to a finished run.
+
+Owns: one life of a run on one rank, the loop, and what is done when a step says that something is wrong. What a step
+is lies in microbatch.py, what a checkpoint is in checkpoint.py; here is only the order of things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from configs.schema import PretrainConfig
+from pretrain import distributed, saver
+from pretrain.distributed import Ranks
+from pretrain.lease import Lease, next_generation
+from pretrain.microbatch import backward
+from pretrain.observing import Observer, observe
+from pretrain.preemption import Stop
+from pretrain.schedule import due
+from pretrain.session import Session, open_session
+from pretrain.sickness import Rollback, judge
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a life of a run ended."""
+
+    status: Literal["finished", "preempted"]
+    step: int  # complete steps
+
+
+def run(config: PretrainConfig, *, observers: Sequence[Observer] = (), run_dir: Path) -> Outcome:
+    """Train until the run is finished or asked to stop; called on every rank (collective).
+
+    Resumes from what lies in `run_dir`. A finished run has its export in `run_dir/export`.
+
+    Raises:
+        UserError: the configuration, the data or the numerics (`Diverged`) leave no way on; a restart would not help.
+        pretrain.lease.Fenced: a younger life of the run has taken over.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ranks = distributed.join()
+    distributed.check_divides(config.batch_size, ranks.world_size)
+    generation = distributed.broadcast_json(next_generation(run_dir) if ranks.first else None, ranks)
+    with contextlib.ExitStack() as stack:
+        lease = Lease(run_dir, generation)
+        stack.callback(lease.close)
+        if ranks.first:
+            lease.take()
+        distributed.barrier(ranks)
+        lease.watch()
+        stop = stack.enter_context(Stop(ranks))
+        return _live(config, observers, run_dir, ranks, lease, stop)
+
+
+def _live(
+    config: PretrainConfig, observers: Sequence[Observer], run_dir: Path, ranks: Ranks, lease: Lease, stop: Stop
+) -> Outcome:
+    """Open sessions until one ends the life; a rollback opens the next."""
+    rollback: Rollback | None = None
+    while True:
+        with contextlib.ExitStack() as stack:
+            session = open_session(config, run_dir, ranks, lease, observers, stack, rollback)
+            try:
+                return _finish(session, train(session, stop))
+            except Rollback as request:
+                rollback = request
+                session.events("rollback", **request.said())
+
+
+def train(session: Session, stop: Stop) -> Outcome:
+    """The loop (collective). Every step either updates the weights or is skipped by all ranks alike."""
+    stream = session.stream
+    for step in range(session.start + 1, session.steps + 1):  # the number of complete steps once this one is
+        batch = session.loader[stream]
+        stream += 1
+        tensors = backward(
+            session.engine,
+            session.task,
+            batch,
+            session.config.compute.micro_batch,
+            seed=_chunk_seed(session, step),
+            describe=session.monitor.due(step),
+        )
+        rate = session.rate(step - 1)
+        result = session.engine.step(rate)
+        session.ema.update(step)
+        session.monitor.observe(step, batch, tensors, result, lr=rate, wait_s=session.loader.wait_s)
+        session.watchdog.beat(step)
+        stopping = stop.agreed()
+        _look(session, step, stream, stopping)
+        if stopping or step == session.steps or due(step, session.config.checkpoints.save_every):
+            save(session, step, stream)
+        if stopping:
+            return Outcome("preempted" if step < session.steps else "finished", step)
+    return Outcome("finished", session.steps)
+
+
+def _look(session: Session, step: int, stream: int, stopping: bool) -> None:
+    """Evaluate and read the metrics when due, and always before a checkpoint (collective)."""
+    if session.lease.lost:
+        session.lease.check()
+    figures = observe(session.observers, step, session.observed)
+    if figures:
+        session.monitor.add(figures)
+        session.watchdog.alive()
+    saving = stopping or step == session.steps or due(step, session.config.checkpoints.save_every)
+    if figures or saving or session.monitor.due(step):
+        reading = session.monitor.read()
+        if reading.last is not None:
+            session.display.show(reading.last)
+        judge(session, reading, step, stream)
+
+
+def save(session: Session, step: int, stream: int) -> None:
+    """Take a checkpoint (collective); rank 0 writes it, in the background if so configured."""
+    session.watchdog.alive()
+    session.monitor.sync()
+    snapshot = saver.take(session.engine, session.ema, session.state(step, stream))
+    if snapshot is not None:
+        session.saver.save(snapshot)
+    session.monitor.pause()
+    session.watchdog.alive()
+
+
+def _chunk_seed(session: Session, step: int) -> int:
+    """Starts torch's generator for dropout and the like; differs between steps and ranks."""
+    return (session.config.seed * 1_000_003 + step) * 4096 + session.ranks.rank
+
+
+def _finish(session: Session, outcome: Outcome) -> Outcome:
+    """Join what is written in the background; export a finished run (collective)."""
+    session.saver.join()
+    if outcome.status == "finished" and session.ranks.first:
+        from pretrain.export import export
+
+        session.lease.check()
+        export(session.run_dir, session.run_dir / "export")
+    session.events(outcome.status, step=outcome.step)
+    distributed.barrier(session.ranks)
+    return outcome
