@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError, run
 
 if TYPE_CHECKING:
-    from configs.schema import PretrainConfig
     from torch import nn
+
+    from configs.schema import PretrainConfig
 
 
 def export(source: Path, out: Path, *, ema: bool = True) -> Path:
@@ -100,7 +101,7 @@ def card(config: PretrainConfig, step: int, *, is_timm: bool) -> str:
     """The model card: what this is, how it was trained, how it is loaded."""
     loading = (
         "```python\nimport pretrain, timm  # pretrain registers the models of this project\n\n"
-        'model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)  # without pretrained=True: random\n'
+        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)  # without it: random\n'
         "```\n"
     )
     size = "" if config.views is None else f" on views of {config.views.size} px"

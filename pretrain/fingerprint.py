@@ -1,7 +1,7 @@
 """A fingerprint of a model: its features of one fixed input, kept beside exported weights.
 
-Owns: the input, how close two fingerprints must be, and the check that loaded weights are those that were exported: weights
-that silently were not loaded are the usual cause of scores near chance.
+Owns: the input, how close two fingerprints must be, and the check that loaded weights are those that were exported:
+weights that silently were not loaded are the usual cause of scores near chance.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ class Stop:
         answer = self.drain()
         if not answer:
             self._message.fill_(float(self.requested))
-            self._work = dist.all_reduce(
-                self._message, op=dist.ReduceOp.MAX, group=self._ranks.messages, async_op=True
-            )
+            self._work = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._ranks.messages, async_op=True)
         return answer
 
     def drain(self) -> bool:

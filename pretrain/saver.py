@@ -88,9 +88,7 @@ class Saver:
             path = checkpoint.write(self._run_dir, snapshot, allowed=self._allowed)
             self.last_saved = snapshot.step
             self._report("saved", step=snapshot.step, path=str(path.relative_to(self._run_dir)))
-            checkpoint.remove_old(
-                self._run_dir, keep_last=self._config.keep_last, keep_every=self._config.keep_every
-            )
+            checkpoint.remove_old(self._run_dir, keep_last=self._config.keep_last, keep_every=self._config.keep_every)
         except Fenced as fenced:
             self._fenced = fenced
         except OSError as error:

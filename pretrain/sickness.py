@@ -61,7 +61,7 @@ def _write_samples(session: Session, record: Record) -> None:
         keys = [str(key) for key in session.keys(samples)]
         with open(session.run_dir / "bad_batches.jsonl", "a") as file:
             file.write(json.dumps({"step": record.step, "samples": samples.tolist(), "keys": keys}) + "\n")
-    session.events("bad_step", step=record.step, reason="gradient not finite, nothing updated", keys="bad_batches.jsonl")
+    session.events("bad_step", step=record.step, reason="gradient not finite: not applied", keys="bad_batches.jsonl")
 
 
 def _norms(session: Session, record: Record) -> dict[str, Any]:

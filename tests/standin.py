@@ -47,7 +47,8 @@ class Contrast:
         self.backbone = self.module.backbone
 
     def embed(self, batch: Batch) -> Tensor:
-        views = batch.tensors["images"][:, None] + 0.3 * torch.stack([batch.starts((WIDTH,), view) for view in (0, 1)], 1)
+        noise = torch.stack([batch.starts((WIDTH,), view) for view in (0, 1)], 1)
+        views = batch.tensors["images"][:, None] + 0.3 * noise  # [b, 2, WIDTH]
         return self.module(views.flatten(0, 1)).view(len(batch), 2, -1)
 
     def loss(self, embeddings: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,7 +117,8 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
     stuck = [process for process in processes if process.is_alive()]
     for process in stuck:
         process.kill()
-    assert not errors and not stuck, "\n".join(errors) or f"{len(stuck)} ranks hung"
+    assert not errors, "\n".join(errors)
+    assert not stuck, f"{len(stuck)} ranks hung"
     return [torch.load(out / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
