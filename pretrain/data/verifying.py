@@ -1,4 +1,4 @@
-"""Verifying: an existing shard set against its index, byte by byte, and every image decoded."""
+"""Verifying: an existing shard set against its index, byte by byte, every image decoded, every Sudoku checked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pretrain.data.index import ShardIndex
 from pretrain.data.scan import NO_LABEL, ShardScan, scan
 from pretrain.data.shards import DamagedSample, ShardReader
 from pretrain.data.sources.picture import MASKS, STORED
+from pretrain.data.sudoku import record
 
 MAX_LISTED = 100
 
@@ -75,6 +76,9 @@ def _verify_sample(reader: ShardReader, sample: int) -> list[str]:
         parts = reader.read(sample)
     except DamagedSample as error:
         return [str(error)]
+    if set(parts) == {record.PART}:
+        problem = record.problem(parts)
+        return [f"{name}: {problem}"] if problem else []
     problems = []
     images = [part for part in parts if part in STORED]
     if len(images) != 1:

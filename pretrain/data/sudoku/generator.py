@@ -73,7 +73,8 @@ def check_givens(givens: tuple[int, int], *, fewest: int) -> None:
     low, high = givens
     if low < fewest and fewest == FEWEST_GIVENS:
         raise UserError(
-            f"givens {low}-{high}: the generator makes puzzles with {fewest} givens or more; for fewer, give a bank"
+            f"givens {low}-{high}: the generator makes puzzles with {fewest} givens or more; for fewer, make harder "
+            "ones from a collection (make_shards.py sudoku-file)"
         )
     if not fewest <= low <= high <= 81:
         raise UserError(f"givens {low}-{high}: two numbers from {fewest} to 81, the smaller one first")

@@ -35,6 +35,17 @@ def decode(parts: Mapping[str, bytes]) -> tuple[Boards, Boards]:
     return both[:81], both[82:163]
 
 
+def problem(parts: Mapping[str, bytes]) -> str | None:
+    """What is wrong with a sample, None where it is a puzzle with a valid solution."""
+    try:
+        puzzle, solution = decode(parts)
+    except UserError as error:
+        return str(error)
+    if not board.is_solved(solution[None])[0]:
+        return "its solution is not valid"
+    return None if board.keeps_givens(solution[None], puzzle[None])[0] else "its solution contradicts its puzzle"
+
+
 def samples(puzzles: Puzzles) -> Iterator[dict[str, bytes]]:
     """The samples of a set, in order."""
     for puzzle, solution in zip(puzzles.puzzles, puzzles.solutions, strict=True):
