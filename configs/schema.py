@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from configs.cluster import Cluster
 from configs.jobs import DownstreamJob
-from configs.models import Model
+from configs.models import SUDOKU_MODELS, Model
 from configs.section import Section
 from configs.tasks import AnyTask, SimclrTask
 
@@ -119,7 +119,9 @@ class Compute(Section):
     micro_batch: PositiveInt | None = Field(None, description="images per process computed at once; none: all")
     compile: bool = Field(True, description="torch.compile by layer; needs a C++ compiler on CPU")
     recompute: bool = Field(False, description="recompute oscillator steps in the backward pass to save memory")
-    kernel: str = Field("auto", description="variant of the K-layer; auto: measured at the start and recorded")
+    kernel: Literal["auto", "plain", "compiled", "native"] = Field(
+        "auto", description="way of computing the K-layers; auto: measured at the start, recorded in kernels.json"
+    )
 
 
 class Checkpoints(Section):
@@ -204,6 +206,8 @@ class PretrainConfig(Section):
             raise ValueError("give the length of the run as epochs or as steps: one of the two")
         if self.task.name in ("simclr", "classify") and self.views is None:
             raise ValueError(f"task {self.task.name} needs a views section with at least views.size")
+        if (self.task.name == "sudoku") != (self.model.name in SUDOKU_MODELS):
+            raise ValueError(f"model.name={self.model.name} does not fit task {self.task.name}")
         if self.optimizer.name == "lars" and self.compute.zero_stage > 0:
             raise ValueError("optimizer.name=lars needs compute.zero_stage=0: its norms are by parameter")
         return self

@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +96,18 @@ def kuramoto_step(
     return x
 
 
+def coupled_step(
+    x: Tensor, c: Tensor, coupling: Coupling, grid: Grid, positions: Any, gamma: float | Tensor,
+    frequency: Tensor | None, gain: Tensor | None, rule: StepRule,
+) -> Tensor:  # fmt: skip
+    """One step under the stimulus c [B, N, C]: the coupling, then `kuramoto_step`."""
+    return kuramoto_step(x, c + coupling(x, grid, positions), gamma, frequency, gain, rule)
+
+
 @functools.cache
 def _compiled_step() -> Callable[..., Tensor]:
     """One graph for all layers and steps of the same shapes."""
-    return torch.compile(kuramoto_step, dynamic=False)
+    return torch.compile(coupled_step, dynamic=False)
 
 
 def energy(x: Tensor, y: Tensor) -> Tensor:
@@ -243,13 +252,14 @@ class KuramotoLayer(nn.Module):
         if observe is None and self.kernel == "native" and native.supports(self, x):
             return native.run(self, x, c, grid, steps, gamma, frequency)
         positions = self.coupling.positions(grid)
-        update = _compiled_step() if observe is None and self.kernel == "compiled" else kuramoto_step
+        fused = _compiled_step() if observe is None and self.kernel == "compiled" else coupled_step
 
         def step(x: Tensor, t: int) -> Tensor:
+            if observe is None:
+                return fused(x, c, self.coupling, grid, positions, gamma, frequency, self.gain, self.rule)
             y = c + self.coupling(x, grid, positions)
-            if observe is not None:
-                observe(t, x, c, y)
-            return update(x, y, gamma, frequency, self.gain, self.rule)
+            observe(t, x, c, y)
+            return kuramoto_step(x, y, gamma, frequency, self.gain, self.rule)
 
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and observe is None
         for t in range(steps):

@@ -1,0 +1,174 @@
+"""Which way of computing the K-layers is fastest here: measured once, recorded in the run, used again on resume.
+
+    plain     PyTorch's own operations (kuramoto.py), on every device
+    compiled  the same, fused by torch.compile step by step
+    native    klayer.cpp: all steps in one call, on CPUs with AVX-512 (bf16: AMX)
+
+All compute the same up to float rounding. Only rank 0 measures; the others do as it says, so that no two ranks differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.schema import Compute
+from pretrain.distributed import Ranks, broadcast_json
+from pretrain.models.connectivity import AttentionCoupling, Grid
+from pretrain.models.kernels import build, native
+from pretrain.models.kuramoto import KERNELS, KuramotoLayer
+
+# {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
+Row = dict[str, Any]
+RECORD = "kernels.json"
+BATCH = {"cpu": 16, "cuda": 64}
+REPEATS = 3
+
+
+def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path) -> list[Row]:
+    """Choose (or take from `run_dir`), record, and set on the layers of a backbone; the rows of the table.
+
+    Collective: every rank calls it, after the backbone is on its device. Layers of models that are not ours are
+    compiled by torch on GPUs and left alone on CPUs.
+    """
+    model: Any = backbone
+    if compute.recompute:
+        model.set_grad_checkpointing(True)
+    rows: list[Row] = []
+    if ranks.first:
+        record = run_dir / RECORD
+        rows = choose(backbone, compute, ranks.device, recorded=read(record))
+        if rows:
+            record.write_text(json.dumps(rows, indent=1) + "\n")
+        for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+            print(note, file=sys.stderr)
+    rows = broadcast_json(rows, ranks)
+    apply(backbone, rows)
+    if compute.compile and ranks.device.type == "cuda":
+        for module in _compilable(backbone):
+            module.compile(dynamic=False)
+    return rows
+
+
+def read(record: Path) -> list[Row]:
+    """The table of an earlier life of the run; empty without one."""
+    return json.loads(record.read_text()) if record.exists() else []
+
+
+def fastest(backbone: nn.Module) -> None:
+    """For inference: the native kernel where it runs, without measuring. Layers it does not take stay plain."""
+    for layer in layers_of(backbone):
+        layer.kernel = "native"
+
+
+def choose(backbone: nn.Module, compute: Compute, device: torch.device, *, recorded: Sequence[Row] = ()) -> list[Row]:
+    """One row per kind of layer. Kinds in `recorded` are not measured again while their kernel can still run."""
+    if compute.kernel not in ("auto", *KERNELS):
+        raise UserError(f"compute.kernel={compute.kernel}: choose one of auto, {', '.join(KERNELS)}")
+    grid: Grid = getattr(backbone, "grid", (8, 8))
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    kinds = {shape_of(layer, grid): layer for layer in layers_of(backbone)}
+    known = {(row["layer"], row["dtype"], row["device"]): row for row in recorded}
+    where = str(dtype).removeprefix("torch."), _name(device)
+    rows = []
+    for kind, layer in kinds.items():
+        candidates, note = available(layer, compute, dtype, device)
+        row: Row = {"layer": kind, "dtype": where[0], "device": where[1], "kernel": "plain", "ms": {}, "note": note}
+        earlier = known.get((kind, *where))
+        if compute.kernel != "auto":
+            row["kernel"] = _forced(kind, compute.kernel, candidates, note)
+        elif earlier is not None and earlier["kernel"] in candidates:
+            row |= {"kernel": earlier["kernel"], "ms": earlier["ms"]}
+        elif len(candidates) > 1:
+            row["ms"] = {name: measure(layer, name, grid, dtype, device) for name in candidates}
+            row["kernel"] = min(candidates, key=row["ms"].__getitem__)
+        rows.append(row)
+    return rows
+
+
+def apply(backbone: nn.Module, rows: Sequence[Row]) -> None:
+    """Set the kernel of every K-layer as the table says."""
+    chosen = {row["layer"]: row["kernel"] for row in rows}
+    grid: Grid = getattr(backbone, "grid", (8, 8))
+    for layer in layers_of(backbone):
+        layer.kernel = chosen[shape_of(layer, grid)]
+
+
+def layers_of(backbone: nn.Module) -> Iterator[KuramotoLayer]:
+    return (module for module in backbone.modules() if isinstance(module, KuramotoLayer))
+
+
+def shape_of(layer: KuramotoLayer, grid: Grid) -> str:
+    """What layers of equal speed share."""
+    coupling = layer.coupling
+    heads = f" heads {coupling.num_heads}" if isinstance(coupling, AttentionCoupling) else ""
+    return f"{type(coupling).__name__} C {layer.dim} n {layer.n}{heads} tokens {grid[0]}x{grid[1]} T {layer.num_steps}"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def available(
+    layer: KuramotoLayer, compute: Compute, dtype: torch.dtype, device: torch.device
+) -> tuple[list[str], str]:
+    """Kernels that can run this layer here, and one line about what cannot though it would be faster ("" for none)."""
+    names, note = ["plain"], ""
+    if device.type == "cpu":
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if native.supports(layer, torch.empty(1, 1, layer.dim)):
+                return ["plain", "native"], ""
+        if isinstance(layer.coupling, AttentionCoupling):
+            note = build.library().reason
+    if compute.compile and (device.type == "cuda" or build.find_compiler() is not None):
+        names.append("compiled")
+    elif compute.compile and not note:
+        note = "no C++ compiler found: torch.compile is left out, steps are slower"
+    return names, note
+
+
+def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str:
+    if kernel == "compiled" or kernel in candidates:
+        return kernel
+    raise UserError(f"compute.kernel={kernel}: {note or f'it does not take {kind}'}; set compute.kernel=auto")
+
+
+def measure(layer: KuramotoLayer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device) -> float:
+    """Milliseconds of forward and backward of a small batch: the best of a few, after a warm-up (device syncs)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH[device.type], grid[0] * grid[1], layer.dim)
+    x, c = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2))
+    parameters = [x, c, *(p for p in layer.parameters() if p.requires_grad)]
+    before, layer.kernel = layer.kernel, kernel
+    times = []
+    for _ in range(REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = layer(x, c, grid)
+        torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
+        _wait(device)
+        times.append((time.perf_counter() - start) * 1000)
+    layer.kernel = before
+    return round(min(times[1:]), 3)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _compilable(backbone: nn.Module) -> list[Any]:
+    """Readouts of ours, blocks of others."""
+    blocks = getattr(backbone, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        return []
+    return [block.readout if isinstance(getattr(block, "readout", None), nn.Module) else block for block in blocks]

@@ -1,0 +1,91 @@
+"""The table of kernels: candidates, forcing, recording and taking up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import pretrain  # noqa: F401  (registers the models)
+from configs.errors import UserError
+from configs.schema import Compute
+from pretrain import kernels
+from pretrain.models.kernels import build
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(build.library().handle is None, reason=build.library().reason or "compiled")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return timm.create_model("akorn_nano_patch4_32", num_classes=0, num_steps=2)
+
+
+@needs_native
+def test_measured_choice_is_recorded_and_used_again(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = SimpleNamespace(first=True, device=CPU, world_size=1, rank=0)
+    state = torch.random.get_rng_state()
+    rows = kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert set(rows[0]["ms"]) == {"plain", "native"}
+    assert [layer.kernel for layer in kernels.layers_of(model)] == [rows[0]["kernel"]]
+    assert json.loads((tmp_path / "kernels.json").read_text()) == rows
+
+    rows[0]["kernel"] = "plain"
+    (tmp_path / "kernels.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(kernels, "measure", None)  # a resume measures nothing
+    assert kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path) == rows
+    assert [layer.kernel for layer in kernels.layers_of(model)] == ["plain"]
+
+
+def test_a_record_of_another_precision_is_not_used(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available", lambda *_: (["plain", "native"], ""))
+    monkeypatch.setattr(kernels, "measure", lambda layer, name, *_: {"plain": 2.0, "native": 1.0}[name])
+    first = kernels.choose(model, Compute(precision="fp32"), CPU)
+    first[0]["kernel"] = "plain"
+    assert kernels.choose(model, Compute(precision="fp32"), CPU, recorded=first)[0]["kernel"] == "plain"
+    assert kernels.choose(model, Compute(precision="bf16"), CPU, recorded=first)[0]["kernel"] == "native"
+
+
+def test_forced_kernel_measures_nothing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measure", None)
+    assert kernels.choose(model, Compute(kernel="plain"), CPU)[0]["kernel"] == "plain"
+
+
+def test_forcing_what_cannot_run_is_a_user_error() -> None:
+    conv = timm.create_model("akorn_conv_nano_patch4_32", num_classes=0)
+    with pytest.raises(UserError, match=r"compute\.kernel=auto"):
+        kernels.choose(conv, Compute(kernel="native"), CPU)
+
+
+def test_no_compiler_leaves_the_plain_kernel_and_one_line(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AKORN_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    build.library.cache_clear()
+    try:
+        (row,) = kernels.choose(model, Compute(precision="fp32"), CPU)
+    finally:
+        build.library.cache_clear()
+    assert row["kernel"] == "plain"
+    assert len(row["note"].splitlines()) == 1
+
+
+@needs_native
+def test_features_by_the_native_kernel_equal_the_plain_ones(model: nn.Module) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        plain = model(images)
+        kernels.fastest(model)
+        native = model(images)
+    torch.testing.assert_close(native, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
