@@ -33,6 +33,9 @@ ITRSA_MODELS: tuple[str, ...] = tuple(name.replace("akorn", "itrsa", 1) for name
 CLASSIFIER_MODELS: tuple[str, ...] = ("akorn_classifier_32", "akorn_classifier_mixed_32")
 OWN_MODELS: tuple[str, ...] = AKORN_MODELS + AKORN_CONV_MODELS + ITRSA_MODELS + CLASSIFIER_MODELS
 
+# Sudoku solvers are no image models: timm does not know them (pretrain/tasks/sudoku.py builds them).
+SUDOKU_MODELS: tuple[str, ...] = ("sudoku_akorn", "sudoku_itrsa", "sudoku_transformer")
+
 # What `model.args` may hold for a name of ours; the families share one list of arguments.
 OWN_ARGUMENTS: dict[str, tuple[str, ...]] = {}
 
@@ -52,6 +55,8 @@ class Model(Section):
         own = self.name.split(".")[0]
         if own.startswith(("akorn", "itrsa")) and own not in OWN_MODELS:
             raise ValueError(f"no model named {self.name!r}" + nearest(own, OWN_MODELS))
+        if own.startswith("sudoku") and own not in SUDOKU_MODELS:
+            raise ValueError(f"no model named {self.name!r}" + nearest(own, SUDOKU_MODELS))
         for family, arguments in OWN_ARGUMENTS.items():
             if own.startswith(family):
                 for key in self.args:

@@ -8,6 +8,8 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from configs.section import Section
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 class SimclrTask(Section):
     """Contrastive pretraining with NT-Xent (SimCLR, arXiv 2002.05709) over the global batch."""
@@ -23,12 +25,15 @@ class ClassifyTask(Section):
 
     name: Literal["classify"] = "classify"
     num_classes: PositiveInt = Field(10, description="number of classes")
+    augmix: bool = Field(False, description="AugMix (arXiv 1912.02781) after the crop, as published for AKOrN")
+    label_smoothing: Share = Field(0.0, description="probability spread over all classes in the target")
 
 
 class SudokuTask(Section):
     """Solving Sudoku: cross-entropy over all 81 cells."""
 
     name: Literal["sudoku"] = "sudoku"
+    symmetries: bool = Field(True, description="show each board under another random symmetry in every epoch")
 
 
 def _task_name(value: Any) -> str:
