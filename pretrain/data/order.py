@@ -23,7 +23,7 @@ import numpy as np
 from configs.errors import UserError
 from pretrain.data import counter
 
-ROUNDS = 6
+ROUNDS = 10
 
 
 def permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
