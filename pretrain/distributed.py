@@ -52,6 +52,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         place: dict[str, Any] = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **place)
     messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(messages, dist.ProcessGroup)  # every rank is a member
     return Ranks(rank, world_size, local_rank, device, messages)
 
 

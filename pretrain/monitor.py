@@ -46,7 +46,8 @@ class Reading:
     """What a look at the last steps found: equal on all ranks."""
 
     bad: list[Record] = field(default_factory=list)  # steps skipped for a gradient that was not finite
-    bad_in_row: int = 0  # the longest unbroken series of them that lasts until now
+    bad_in_row: int = 0  # the longest unbroken series of them that ends among these steps
+    sick: bool = False  # the newest step was one of them
     spikes: list[tuple[Record, dict[str, float]]] = field(default_factory=list)
     last: dict[str, Any] | None = None
 
@@ -98,7 +99,7 @@ class Monitor:
         reading = Reading(last=rows[-1])
         for record, row in zip(self._pending, rows):
             self._judge(record, row, reading)
-        reading.bad_in_row = self._bad_in_row
+        reading.sick = self._bad_in_row > 0
         if self._metrics is not None:
             self._metrics.append(rows)
         for sink in self._sinks:
@@ -146,6 +147,7 @@ class Monitor:
     def _judge(self, record: Record, row: dict[str, Any], reading: Reading) -> None:
         if row["skipped"]:
             self._bad_in_row += 1
+            reading.bad_in_row = max(reading.bad_in_row, self._bad_in_row)
             reading.bad.append(record)
             return
         self._bad_in_row = 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.loader import dump
 from configs.schema import PretrainConfig
-from pretrain import resume
+from pretrain import kernels, resume
 from pretrain.checkpoint import Snapshot, write_synced
 from pretrain.display import Display
 from pretrain.distributed import Ranks
@@ -59,6 +59,8 @@ class Session:
     start: int  # complete steps at the beginning
     stream: int  # number of the next batch of the data stream: the step, plus what rollbacks skipped
     steps: int
+    is_retry: bool  # begun by a rollback
+    num_saves: int = 0  # checkpoints taken since the beginning
 
     def keys(self, samples: Tensor) -> Iterable[str]:
         """Keys of samples in the shards."""
@@ -100,8 +102,8 @@ def open_session(
         resume.check_config(snapshot, config, run_dir, events)
     task = _make_task(config, snapshot)
     _check_norms(task.module, config, ranks)
+    rows = _prepare(task, config, ranks, run_dir)
     twin = make_twin(task, ranks.device) if observers else None
-    _prepare(task, config)
     engine, start = _make_engine(task, config, ranks, snapshot), 0 if snapshot is None else snapshot.step
     loader = _make_loader(config, task, run_dir, ranks)
     stack.callback(loader.close)
@@ -117,7 +119,15 @@ def open_session(
     monitor = _make_monitor(config, task, run_dir, ranks, start)
     stack.callback(monitor.close)
     stream = rollback.stream if rollback is not None else start if snapshot is None else int(snapshot.state["stream"])
-    events("started", step=start, steps=steps, world_size=ranks.world_size, zero_stage=engine.stage, stream=stream)
+    events(
+        "started",
+        step=start,
+        steps=steps,
+        world_size=ranks.world_size,
+        zero_stage=engine.stage,
+        stream=stream,
+        kernels={row["layer"]: row["kernel"] for row in rows},
+    )
     return Session(
         config=config,
         run_dir=run_dir,
@@ -138,6 +148,7 @@ def open_session(
         start=start,
         stream=stream,
         steps=steps,
+        is_retry=rollback is not None,
     )
 
 
@@ -170,13 +181,10 @@ def _check_norms(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Non
         )
 
 
-def _prepare(task: Task, config: PretrainConfig) -> None:
-    """Set how the backbone computes, where it can be set."""
-    backbone: Any = task.backbone
-    if config.compute.recompute:
-        backbone.set_grad_checkpointing(True)
-    if config.compute.compile and hasattr(backbone, "compile_layers"):
-        backbone.compile_layers()
+def _prepare(task: Task, config: PretrainConfig, ranks: Ranks, run_dir: Path) -> list[kernels.Row]:
+    """Put the task on its device and choose how its backbone computes (collective)."""
+    task.module.to(ranks.device)
+    return kernels.set_up(task.backbone, config.compute, ranks, run_dir)
 
 
 def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks) -> Any:

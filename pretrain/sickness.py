@@ -40,8 +40,8 @@ def judge(session: Session, reading: Reading, step: int, stream: int) -> None:
     """Log what a reading found; raise where too many steps in a row went wrong (collective).
 
     Raises:
-        Rollback: `max_bad_steps` in a row after good ones.
-        Diverged: every step since the rollback, or since the run began, was bad.
+        Rollback: `max_bad_steps` in a row.
+        Diverged: the same after a rollback, with no checkpoint since, or from the first step on.
     """
     for record in reading.bad:
         _write_samples(session, record)
@@ -49,7 +49,8 @@ def judge(session: Session, reading: Reading, step: int, stream: int) -> None:
         session.events("spike", step=record.step, **figures, **_norms(session, record))
     if reading.bad_in_row < session.config.resilience.max_bad_steps:
         return
-    if reading.bad_in_row >= step - session.start:
+    hopeless = reading.bad_in_row >= step - session.start
+    if hopeless or (session.is_retry and session.num_saves == 0):
         raise Diverged(_diagnosis(session, reading, step))
     raise Rollback(step, stream)
 

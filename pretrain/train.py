@@ -91,34 +91,38 @@ def train(session: Session, stop: Stop) -> Outcome:
         session.monitor.observe(step, batch, tensors, result, lr=rate, wait_s=session.loader.wait_s)
         session.watchdog.beat(step)
         stopping = stop.agreed()
-        _look(session, step, stream, stopping)
-        if stopping or step == session.steps or due(step, session.config.checkpoints.save_every):
+        last = stopping or step == session.steps
+        saving = last or due(step, session.config.checkpoints.save_every)
+        sick = look(session, step, stream, always=saving)
+        if last or (saving and not sick):  # what is restored later shall be well
             save(session, step, stream)
         if stopping:
             return Outcome("preempted" if step < session.steps else "finished", step)
     return Outcome("finished", session.steps)
 
 
-def _look(session: Session, step: int, stream: int, stopping: bool) -> None:
-    """Evaluate and read the metrics when due, and always before a checkpoint (collective)."""
+def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
+    """Evaluate and read the metrics when due, or `always`; returns whether the newest step was bad (collective)."""
     if session.lease.lost:
         session.lease.check()
     figures = observe(session.observers, step, session.observed)
     if figures:
         session.monitor.add(figures)
         session.watchdog.alive()
-    saving = stopping or step == session.steps or due(step, session.config.checkpoints.save_every)
-    if figures or saving or session.monitor.due(step):
-        reading = session.monitor.read()
-        if reading.last is not None:
-            session.display.show(reading.last)
-        judge(session, reading, step, stream)
+    if not (figures or always or session.monitor.due(step)):
+        return False
+    reading = session.monitor.read()
+    if reading.last is not None:
+        session.display.show(reading.last)
+    judge(session, reading, step, stream)
+    return reading.sick
 
 
 def save(session: Session, step: int, stream: int) -> None:
     """Take a checkpoint (collective); rank 0 writes it, in the background if so configured."""
     session.watchdog.alive()
     session.monitor.sync()
+    session.num_saves += 1
     snapshot = saver.take(session.engine, session.ema, session.state(step, stream))
     if snapshot is not None:
         session.saver.save(snapshot)

@@ -24,17 +24,25 @@ if TYPE_CHECKING:
 class Task(Protocol):
     """One way of training a backbone."""
 
-    module: torch.nn.Module
-    """Everything that is trained: the backbone and, say, a projector. Built on the CPU; the engine moves it."""
+    @property
+    def module(self) -> torch.nn.Module:
+        """Everything that is trained: the backbone and, say, a projector. Built on the CPU; the engine moves it."""
+        ...
 
-    backbone: torch.nn.Module
-    """What is exported; a part of `module` or all of it."""
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """What is exported; a part of `module` or all of it."""
+        ...
 
-    transform: Any
-    """For the loader: `transform(parts, epoch, sample, key) -> dict of numpy arrays`; picklable and pure."""
+    @property
+    def transform(self) -> Any:
+        """For the loader: `transform(parts, epoch, sample, key) -> dict of numpy arrays`; picklable and pure."""
+        ...
 
-    separable: bool
-    """True where the loss is a mean over samples (supervised tasks): `loss` is then called on every chunk by itself."""
+    @property
+    def separable(self) -> bool:
+        """True where the loss is a mean over samples (supervised tasks): `loss` is then called on each chunk by itself."""
+        ...
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Return the outputs [b, ...] of the samples of a batch or of a part of it.

@@ -71,11 +71,12 @@ class Simclr:
         """Embeddings [b, 2, d] of both views of the samples."""
         with torch.autocast(batch.device.type, enabled=False):
             images = self._colour(batch)  # [b, V, 3, S, S]
-            start = None if self._start_shape is None else self._starts(batch)
+            start = None if self._start_shape is None else self._starts(batch, self._start_shape)
         return self.module(images.flatten(0, 1), start).unflatten(0, (-1, 2))
 
-    def _starts(self, batch: Batch) -> Tensor:
-        starts = [batch.starts(self._start_shape, view) for view in (0, 1)]
+    @staticmethod
+    def _starts(batch: Batch, shape: tuple[int, int]) -> Tensor:
+        starts = [batch.starts(shape, view) for view in (0, 1)]
         return torch.stack(starts, 1).flatten(0, 1)  # [b * V, N, C]
 
     def loss(self, embeddings: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,8 +100,9 @@ def make_backbone(config: PretrainConfig) -> Any:
 
     import pretrain  # noqa: F401  (registers the models of this project)
 
+    arguments: dict[str, Any] = dict(config.model.args)
     try:
-        return timm.create_model(config.model.name, pretrained=False, num_classes=0, **config.model.args)
+        return timm.create_model(config.model.name, pretrained=False, num_classes=0, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"model.name={config.model.name} with model.args={config.model.args}: {error}") from error
 

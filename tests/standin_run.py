@@ -1,0 +1,116 @@
+"""Whole runs of the stand-in task, in this process or in many.
+
+Owns: a configuration of a few hundred parameters, and the seams through which task and loader are replaced. Faults are
+put in by environment variables, so that subprocesses of tests and of the chaos run can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import PretrainConfig
+from pretrain.data.batch import Batch
+from pretrain.distributed import Ranks
+from tests.standin import Contrast, Regress, VectorLoader
+
+SETTINGS: dict[str, Any] = {
+    "name": "standin",
+    "batch_size": 16,
+    "steps": 30,
+    "model": {"name": "resnet18"},
+    "data": {"shards": "none"},
+    "views": {"size": 8},
+    "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "clip": 0.5},
+    "schedule": {"name": "cosine", "warmup_steps": 3},
+    "ema": {"decay": 0.9, "every": 2, "start": 4},
+    "compute": {"precision": "fp32", "compile": False},
+    "checkpoints": {"save_every": 10},
+    "monitor": {"log_every": 5, "tensorboard": False},
+}
+
+
+def settings(**changes: Any) -> PretrainConfig:
+    """The stand-in's configuration; keyword arguments replace keys, merging sections."""
+    values = json.loads(json.dumps(SETTINGS))
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return PretrainConfig.model_validate_json(json.dumps(values))
+
+
+class FaultyLoader(VectorLoader):
+    """Batches with NaN at the numbers in STANDIN_NAN (a list "3,4"); STANDIN_STEP_S makes each wait."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._bad = {int(number) for number in os.environ.get("STANDIN_NAN", "").split(",") if number}
+        self._wait_s = float(os.environ.get("STANDIN_STEP_S", "0"))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, step: int) -> Batch:
+        time.sleep(self._wait_s)
+        batch = super().__getitem__(step)
+        if step in self._bad and self.rank == self.world_size - 1:
+            batch.tensors["images"] = batch.tensors["images"].clone()
+            batch.tensors["images"][0] = torch.nan
+        return batch
+
+
+def replace_seams(*, separable: bool = False) -> None:
+    """Put the stand-ins in place of task and loader, in this process."""
+    import pretrain.session
+    import pretrain.tasks
+
+    def make_task(config: PretrainConfig) -> Any:
+        return (Regress if separable else Contrast)(config.seed)
+
+    def make_loader(config: PretrainConfig, task: Any, run_dir: Path, ranks: Ranks) -> Any:
+        return FaultyLoader(
+            batch_size=config.batch_size, rank=ranks.rank, world_size=ranks.world_size, seed=config.seed
+        )
+
+    pretrain.tasks.make_task = make_task
+    pretrain.session.make_task = make_task
+    pretrain.session._make_loader = make_loader
+
+
+def run_standin(run_dir: str | Path, changes: dict[str, Any] | None = None, observers: Sequence[Any] = ()) -> str:
+    """Run the stand-in on this rank; returns the status."""
+    from pretrain.train import run
+
+    changes = dict(changes or {})
+    replace_seams(separable=changes.pop("separable", False))
+    return run(settings(**changes), run_dir=Path(run_dir), observers=observers).status
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """What events.jsonl holds."""
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights of the newest whole checkpoint."""
+    from pretrain import checkpoint
+
+    path = checkpoint.newest(run_dir)
+    assert path is not None
+    return checkpoint.load(path).tensors["weights"]
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(run_standin(sys.argv[1], json.loads(sys.argv[2])))

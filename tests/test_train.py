@@ -1,0 +1,202 @@
+"""Whole runs: once through, stopped and resumed, killed, extended, rolled back, on other world sizes and stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from pretrain import checkpoint
+from tests.standin import run_ranks
+from tests.standin_run import events, final_weights, replace_seams, rows, run_standin
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _standins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pretrain.session
+    import pretrain.tasks
+
+    for module in (pretrain.session, pretrain.tasks):
+        monkeypatch.setattr(module, "make_task", module.make_task)
+    monkeypatch.setattr(pretrain.session, "_make_loader", pretrain.session._make_loader)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    replace_seams()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    assert run_standin(run_dir) == "finished"
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, len(rows(run_dir)) + 1))
+    return [row["loss"] for row in rows(run_dir)]
+
+
+def bitwise(one: Path, other: Path) -> bool:
+    first, second = final_weights(one), final_weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_run_has_a_row_for_each_step_and_leaves_what_it_promises(undisturbed: Path) -> None:
+    assert len(losses(undisturbed)) == 30
+    row = rows(undisturbed)[9]
+    assert row.keys() >= {"step", "loss", "accuracy", "grad_norm", "lr", "views_per_s", "step_s", "data_wait_s"}
+    assert [path.name for _, path in checkpoint.existing(undisturbed)] == ["step_00000020", "step_00000030"]
+    assert {"model.safetensors", "config.json", "README.md"} <= {p.name for p in (undisturbed / "export").iterdir()}
+    happened = [event["event"] for event in events(undisturbed)]
+    assert (happened[0], happened[-1]) == ("started", "finished")
+
+
+def test_killed_run_goes_on_bitwise(undisturbed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "STANDIN_STEP_S": "0.05", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "tests.standin_run", str(tmp_path), "{}"], env=environment)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 15:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert run_standin(tmp_path) == "finished"
+    assert losses(tmp_path) == losses(undisturbed)
+    assert bitwise(tmp_path, undisturbed)
+    assert [event["step"] for event in events(tmp_path) if event["event"] == "started"] in ([0, 10], [0, 0])
+
+
+def test_stop_saves_and_resumes_bitwise(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asker:
+        every = 13
+
+        def observe(self, step: int, state: Any) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return {"seen": 1.0}
+
+    assert run_standin(tmp_path, observers=[Asker()]) == "preempted"
+    assert checkpoint.existing(tmp_path)[-1][0] in (13, 14)
+    assert run_standin(tmp_path) == "finished"
+    assert losses(tmp_path) == losses(undisturbed)
+    assert bitwise(tmp_path, undisturbed)
+    assert rows(tmp_path)[12]["seen"] == 1.0
+
+
+def test_damaged_checkpoint_falls_back(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_standin(tmp_path, {"checkpoints": {"keep_last": 5}}) == "finished"
+    newest = checkpoint.folder(tmp_path, 30)
+    file = newest / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-7] + b"damaged")
+    capsys.readouterr()
+    assert run_standin(tmp_path) == "finished"
+    assert "weights.safetensors does not match its checksum" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(undisturbed)
+    assert bitwise(tmp_path, undisturbed)
+    assert (tmp_path / "checkpoints" / "damaged_step_00000030").is_dir()
+
+
+def test_finished_run_can_be_extended_and_nothing_else_changed(tmp_path: Path, undisturbed: Path) -> None:
+    constant = {"schedule": {"name": "constant", "warmup_steps": 3}}
+    assert run_standin(tmp_path / "short", {"steps": 14, **constant}) == "finished"
+    assert run_standin(tmp_path / "short", {"steps": 22, **constant}) == "finished"
+    assert run_standin(tmp_path / "long", {"steps": 22, **constant}) == "finished"
+    assert losses(tmp_path / "short") == losses(tmp_path / "long")
+    assert bitwise(tmp_path / "short", tmp_path / "long")
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        run_standin(tmp_path / "short", {"steps": 22, **constant, "optimizer": {"lr": 2e-2}})
+
+
+def test_bad_step_is_skipped_and_its_samples_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_NAN", "12")
+    assert run_standin(tmp_path) == "finished"
+    bad = [row for row in rows(tmp_path) if row["skipped"]]
+    assert [row["step"] for row in bad] == [13]
+    assert bad[0]["loss"] is None
+    written = json.loads((tmp_path / "bad_batches.jsonl").read_text())
+    assert written["step"] == 13
+    assert written["keys"][0] == f"vector_{12 * 16 % 64:04d}"
+    assert all(torch.isfinite(tensor).all() for tensor in final_weights(tmp_path).values())
+
+
+def test_bad_stretch_is_rolled_back_and_skipped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_NAN", ",".join(map(str, range(12, 18))))
+    assert run_standin(tmp_path) == "finished"
+    assert len(losses(tmp_path)) == 30
+    assert not any(row["skipped"] for row in rows(tmp_path))
+    (rollback,) = [event for event in events(tmp_path) if event["event"] == "rollback"]
+    assert rollback["skips_batches_before"] == 20
+    assert checkpoint.load(checkpoint.folder(tmp_path, 30)).state["stream"] == 40
+
+
+def test_hopeless_run_ends_with_a_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_NAN", ",".join(map(str, range(12, 200))))
+    with pytest.raises(UserError, match=r"not finite in .* steps in a row.*bad_batches.jsonl"):
+        run_standin(tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in final_weights(tmp_path).values())
+
+
+def test_full_disk_stops_nothing(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = checkpoint.write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        if "00000020" in str(path) and path.name.startswith("moments"):
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    assert run_standin(tmp_path) == "finished"
+    assert "No space left on device" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.existing(tmp_path)] == [10, 30]
+    assert bitwise(tmp_path, undisturbed)
+
+
+def test_init_from_takes_weights_and_nothing_else(undisturbed: Path, tmp_path: Path) -> None:
+    assert run_standin(tmp_path, {"init_from": str(undisturbed), "steps": 1, "optimizer": {"lr": 1e-9}}) == "finished"
+    averaged = checkpoint.load(checkpoint.folder(undisturbed, 30)).tensors["ema"]
+    for name, tensor in final_weights(tmp_path).items():
+        torch.testing.assert_close(tensor, averaged[name], rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="init_from"):
+        run_standin(tmp_path / "other", {"init_from": str(tmp_path / "nothing")})
+
+
+LIVES = [  # (world size, ZeRO stage, micro-batch, separable is False) of the lives of one run, ten steps each
+    (1, 0, None),
+    (2, 1, 4),
+    (4, 3, None),
+    (2, 2, 3),
+    (1, 3, 5),
+]
+
+
+def _one_life(run_dir: str, steps: int, stage: int, micro_batch: int | None) -> str:
+    compute = {"zero_stage": stage, "micro_batch": micro_batch}
+    return run_standin(run_dir, {"steps": steps, "schedule": {"name": "constant"}, "compute": compute})
+
+
+@pytest.mark.slow
+def test_world_size_stage_and_chunks_may_change_between_lives(tmp_path: Path) -> None:
+    for index, (world_size, stage, micro_batch) in enumerate(LIVES):
+        run_ranks(
+            world_size,
+            _one_life,
+            tmp_path / f"life{index}",
+            str(tmp_path / "run"),
+            10 * (index + 1),
+            stage,
+            micro_batch,
+        )
+    whole = {"steps": 50, "schedule": {"name": "constant"}}
+    assert run_standin(tmp_path / "reference", whole) == "finished"
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "reference"), rel=2e-4)
