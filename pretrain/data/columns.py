@@ -8,6 +8,7 @@ file for writing and the caller fills the arrays piece by piece.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ NAME_OF = {
     np.dtype(np.uint8): "U8",
 }
 DTYPE_OF: dict[str, Any] = {name: dtype for dtype, name in NAME_OF.items()}
+LARGE = 1 << 26  # bytes
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors' own reader
 
 
@@ -57,23 +59,12 @@ def create(
         with open(partial, "wb") as file:
             file.write(header)
             file.truncate(len(header) + num_bytes)
-        with _mapped(partial, "r+") as (arrays, _):
-            yield arrays
+        yield load(partial, "r+")[0]
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _mapped(path: Path, mode: str) -> Iterator[tuple[Arrays, dict[str, str]]]:
-    arrays, metadata = load(path, mode)
-    yield arrays, metadata
-    for array in arrays.values():
-        if isinstance(array.base, np.memmap):
-            array.base.flush()
-            break
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -95,6 +86,13 @@ def load(path: Path, mode: str = "r") -> tuple[Arrays, dict[str, str]]:
         raise UserError(f"{path} is damaged ({error}); delete it and it will be built again") from error
 
 
+def _map(path: Path, mode: str, offset: int) -> np.ndarray:
+    mapped = np.memmap(path, np.uint8, mode, offset=offset)  # type: ignore[call-overload]
+    if mode == "r" and len(mapped) > LARGE:
+        mapped.base.madvise(mmap.MADV_RANDOM)  # samples are looked up in random order: reading ahead is waste
+    return np.asarray(mapped)
+
+
 def _load(path: Path, mode: str) -> tuple[Arrays, dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -103,7 +101,7 @@ def _load(path: Path, mode: str) -> tuple[Arrays, dict[str, str]]:
         header = json.loads(file.read(length))
         num_bytes = os.fstat(file.fileno()).st_size - 8 - length
     metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-    data = np.memmap(path, np.uint8, mode, offset=8 + length) if num_bytes else np.empty(0, np.uint8)  # type: ignore[call-overload]
+    data = _map(path, mode, 8 + length) if num_bytes else np.empty(0, np.uint8)
     arrays: Arrays = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -155,7 +156,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with suppress(OSError):  # a full disk may be why the tar is abandoned
+            self._tar.close()
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:

@@ -216,7 +216,7 @@ class Staging:
 
     def _fetch(self, url: str, partial: Path, num_bytes: int, sha256: bytes) -> None:
         digest, size = hashlib.sha256(), 0
-        with open_stream(url, timeout_s=self.timeout_s) as source, open(partial, "wb") as target:
+        with open_stream(url, timeout_s=self.timeout_s) as source, open(partial, "wb", buffering=0) as target:
             while data := source.read(CHUNK):
                 size += len(data)
                 digest.update(data)

@@ -127,11 +127,14 @@ def unsafe(name: str) -> bool:
     return not name or parts[0] == "" or parts[0].endswith(":") or ".." in parts
 
 
-def _header(stream: Stream) -> tuple[bytes, int] | None:
+def _header(stream: Stream, report: Callable[[str], None]) -> tuple[bytes, int] | None:
     """The next header and the size it gives, or None at the end of the archive."""
     position = stream.position
     header = stream.read(BLOCK)
-    if header == ZERO_BLOCK or (not header and position > 0):
+    if not header and position > 0:
+        report(f"no end mark after {position} bytes: the archive may have been cut short there")
+        return None
+    if header == ZERO_BLOCK:
         return None
     if len(header) < BLOCK:
         raise TarDamagedError(f"ends inside a header at byte {position}" if header else "empty file")
@@ -181,7 +184,7 @@ def members(stream: Stream, report: Callable[[str], None]) -> Iterator[Member]:
     """
     long_name, long_size = "", -1
     member: Member | None
-    while (found := _header(stream)) is not None:
+    while (found := _header(stream, report)) is not None:
         header, size = found
         kind = header[156:157]
         if kind in EXTENDED:
