@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ class Engine:
 
     def _gather(self, shard: Tensor, parameter: Any) -> Tensor:
         whole = shard.new_empty(self.ranks.world_size * shard.numel())
-        dist.all_gather_into_tensor(whole, shard.contiguous())
+        dist.all_gather_single(whole, shard.contiguous())
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
@@ -235,6 +236,8 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed calls collectives by names that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # On the CPU DeepSpeed would compile a shared-memory collective at the first start: half a minute, and an exception
     # where there is no compiler. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

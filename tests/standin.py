@@ -105,14 +105,14 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     processes = [
         context.Process(target=_rank, args=(rank, world_size, port, work, str(out), args)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=100)
+        process.join(timeout=300)  # generous: the machine may be busy
     errors = [path.read_text() for path in sorted(out.glob("error_*.txt"))]
     stuck = [process for process in processes if process.is_alive()]
     for process in stuck:
@@ -120,6 +120,14 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
     assert not errors, "\n".join(errors)
     assert not stuck, f"{len(stuck)} ranks hung"
     return [torch.load(out / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _context() -> Any:
+    """Processes forked from a server that has imported the slow libraries, once for all tests."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "deepspeed", "tests.standin_run", "pretrain.train"])
+    return context
 
 
 def _rank(rank: int, world_size: int, port: int, work: Callable[..., Any], out: str, args: tuple[Any, ...]) -> None:

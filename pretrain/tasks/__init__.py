@@ -41,7 +41,7 @@ class Task(Protocol):
 
     @property
     def separable(self) -> bool:
-        """True where the loss is a mean over samples (supervised tasks): `loss` is then called on each chunk by itself."""
+        """True where the loss is a mean over samples (supervised): `loss` is then called on each chunk by itself."""
         ...
 
     def embed(self, batch: Batch) -> torch.Tensor:

@@ -136,5 +136,5 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if world_size == 1:
         return tensor
     whole = tensor.new_empty((world_size * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(whole, tensor.contiguous(), group=group)
+    dist.all_gather_single(whole, tensor.contiguous(), group=group)
     return whole
