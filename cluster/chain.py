@@ -51,8 +51,7 @@ def home_of(config: AnyJob) -> Path:
     """The folder of a job's files: the run's, or for an evaluation the run it looks at, or that of its results."""
     if isinstance(config, PretrainConfig):
         return Path(config.run_dir)
-    several = backbones(config)
-    ckpt = several[0] if len(several) == 1 else f"{len(several)}-backbones"
+    ckpt = config.ckpt or "none"
     if (Path(ckpt) / "config.yaml").is_file():
         return Path(ckpt)
     if config.out is not None:
@@ -62,8 +61,9 @@ def home_of(config: AnyJob) -> Path:
 
 def backbones(config: AnyJob) -> tuple[str, ...]:
     """What an evaluation looks at; empty where nothing is given."""
-    ckpt: str | tuple[str, ...] | None = getattr(config, "ckpt", None)
-    return () if ckpt is None else (ckpt,) if isinstance(ckpt, str) else ckpt
+    ckpt: str | None = getattr(config, "ckpt", None)
+    also: tuple[str, ...] = getattr(config, "also", ())
+    return also if ckpt is None else (ckpt, *also)
 
 
 def links(config: AnyJob, home: Path, *, in_sequence: bool) -> list[Link]:

@@ -14,6 +14,16 @@ from configs.cluster import Cluster
 # Ports for the rendezvous where cluster.port does not name one; below Linux's ephemeral ports (32768 and up).
 _FIRST_PORT, _NUM_PORTS = 15_000, 15_000
 
+# A rank whose peer died must fail and not wait in NCCL for ever.
+_GPU = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+# The C library keeps freed memory, in huge pages: no page faults in every step (docs/benchmarks.md).
+_CPU = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "-1",
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
 
 def port_at(cluster: Cluster, job_id: int, generation: int) -> int:
     """Rendezvous port of one life of a job; the next life gets another one, since the old one may still be held."""
@@ -23,7 +33,15 @@ def port_at(cluster: Cluster, job_id: int, generation: int) -> int:
 
 
 def before_python(
-    cluster: Cluster, *, code: Path, cores: int, processes: int, local: bool, commit: str, python_path: str = ""
+    cluster: Cluster,
+    *,
+    code: Path,
+    cores: int,
+    processes: int,
+    gpus: int,
+    local: bool,
+    commit: str,
+    python_path: str = "",
 ) -> dict[str, str]:
     """Variables for all processes of a job on a node.
 
@@ -31,22 +49,25 @@ def before_python(
         code: the snapshot that is imported.
         cores: CPU cores that the job has on the node.
         processes: its processes there.
+        gpus: its GPUs there.
         local: whether all processes run on this machine.
         commit: of the code, for the results.
         python_path: the launcher's own PYTHONPATH, searched after the snapshot.
     """
     threads = str(max(1, cores // processes))
-    variables = {
+    variables = _GPU if gpus else _CPU
+    variables = variables | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), python_path])),
         "PYTHONUNBUFFERED": "1",
         "SUBMITIT_LOG_LEVEL": "CRITICAL",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "AKORN_COMMIT": commit,
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path.home() / ".cache" / "akorn" / "inductor"),
     }
+    if processes > cores:
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
     if cluster.interface is not None:
         variables |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
     elif local:

@@ -39,8 +39,9 @@ def variables(resources: Resources, code: Path, commit: str) -> dict[str, str]:
     return environment.before_python(
         resources.cluster,
         code=code,
-        cores=1 if cores is None else cores * resources.processes,
+        cores=(1 if cores is None else cores) * resources.processes,
         processes=resources.processes,
+        gpus=resources.gpus,
         local=resources.executor == "local",
         commit=commit,
         python_path=os.environ.get("PYTHONPATH", ""),
@@ -97,7 +98,12 @@ def slurm_parameters(
 
 
 def _setup_lines(setup: Sequence[str], exports: Mapping[str, str]) -> list[str]:
-    lines = [*setup, *(f"export {key}={shlex.quote(value)}" for key, value in exports.items())]
+    # Without the trap the script would end with its job step at the time limit, before its last lines.
+    lines = [
+        "trap terminated=1 TERM",
+        *setup,
+        *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
+    ]
     if "OMP_NUM_THREADS" in exports:
         # Where SLURM decides on the cores, so do the threads.
         lines.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS}"')
@@ -111,7 +117,7 @@ def _last_lines(folders: Sequence[Path], code: Path) -> list[str]:
         "code=$?",
         f"folders=({quoted})",
         f"{shlex.quote(sys.executable)} {shlex.quote(str(code / 'cluster' / 'restarts.py'))} "
-        '"${folders[${SLURM_ARRAY_TASK_ID:-0}]}" "$code"',
+        '"${folders[${SLURM_ARRAY_TASK_ID:-0}]}" "$code" ${terminated:+--terminated}',
         "exit $?",
     ]
 

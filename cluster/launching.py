@@ -113,24 +113,22 @@ def fetch_weights(config: AnyJob) -> None:
     """Fetch timm's weights that a job needs, since nodes are often offline. In another process: it needs torch."""
     import subprocess
 
-    name = pretrained_name(config)
-    if name is None:
-        return
-    print(f"fetching the weights of {name}", flush=True)
-    code = f"import timm; timm.create_model({name!r}, pretrained=True)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"the weights of {name} cannot be had: {last[:200]}; check the name and the network")
+    for name in pretrained_names(config):
+        print(f"fetching the weights of {name}", flush=True)
+        code = f"import timm; timm.create_model({name!r}, pretrained=True)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"the weights of {name} cannot be had: {last[:200]}; check the name and the network")
 
 
-def pretrained_name(config: AnyJob) -> str | None:
-    """The timm model whose published weights an evaluation needs, if it is one."""
-    ckpt = getattr(config, "ckpt", None)
-    random_weights = getattr(config, "random_weights", False)
-    if ckpt is None or random_weights or Path(ckpt).exists() or "/" in ckpt or ":" in ckpt:
-        return None
-    return None if ckpt.startswith(("akorn", "itrsa")) else str(ckpt)
+def pretrained_names(config: AnyJob) -> list[str]:
+    """The timm models whose published weights an evaluation needs."""
+    return [
+        name
+        for name in chain.backbones(config)
+        if not (Path(name).exists() or "/" in name or ":" in name or name.startswith(("akorn", "itrsa")))
+    ]
 
 
 def announce(

@@ -27,7 +27,7 @@ _PATHS = frozenset(
         "out",
     }
 )
-_MAYBE_PATHS = frozenset({"ckpt"})  # a path if there is such a file, else a model's name
+_MAYBE_PATHS = frozenset({"ckpt", "also", "image"})  # a path if there is such a file, else a model's name
 _URL = re.compile(r"^(?:[a-z0-9+.-]+://|pipe:|local-dir:|hf-hub:)")
 
 
@@ -43,11 +43,16 @@ def _located(section: Section) -> Section:
             update[key] = _located(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):
             update[key] = tuple(_located(item) for item in value)
-        elif key in _PATHS and isinstance(value, tuple):
-            update[key] = tuple(absolute(item) for item in value)
-        elif (key in _PATHS or (key in _MAYBE_PATHS and os.path.exists(str(value)))) and isinstance(value, str):
-            update[key] = absolute(value)
+        elif key in _PATHS or key in _MAYBE_PATHS:
+            is_list = isinstance(value, tuple)
+            items = [_located_item(key, item) for item in (value if is_list else (value,))]
+            update[key] = tuple(items) if is_list else items[0]
     return section.model_copy(update=update)
+
+
+def _located_item(key: str, value: Any) -> Any:
+    is_path = isinstance(value, str) and (key in _PATHS or os.path.exists(value))
+    return absolute(value) if is_path else value
 
 
 def absolute(path: str) -> str:

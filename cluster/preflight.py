@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster import slurm
-from cluster.chain import Link
+from cluster.chain import Link, backbones
 from cluster.locate import shown
 from cluster.memory import GPU_GIB, checkpoint_gib, estimate_gib
 from cluster.plan import Plan, plan_of
@@ -55,7 +55,7 @@ def data_checks(config: AnyJob) -> Iterator[Check]:
             yield from _evaluation_data(evaluation, f"downstream.{position}.")
     else:
         yield from _evaluation_data(config, "")
-        yield _backbone_check(config)
+        yield from _backbone_checks(config)
 
 
 def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
@@ -65,12 +65,14 @@ def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
             yield shards_check(prefix + key, value)
 
 
-def _backbone_check(config: AnyJob) -> Check:
-    ckpt = getattr(config, "ckpt", None)
-    if ckpt is None:
-        return Check(
-            "ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export folder, a .pth or a timm model name"
-        )
+def _backbone_checks(config: AnyJob) -> Iterator[Check]:
+    several = backbones(config)
+    if not several:
+        yield Check("ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export, a .pth file or a timm model name")
+    yield from map(_backbone_check, several)
+
+
+def _backbone_check(ckpt: str) -> Check:
     looks_like_path = ckpt.startswith((".", "/", "~")) or ckpt.endswith((".pth", ".pt", ".safetensors"))
     if looks_like_path and not Path(ckpt).expanduser().exists():
         return Check("ckpt", "error", f"ckpt: nothing at {shown(ckpt)}; `python cluster/launch.py list` shows all runs")

@@ -18,7 +18,7 @@ from cluster.tail import JsonTail
 # Keys of an event that its line does not repeat.
 _NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank", "zero_stage", "stream"})
 # Events that the launcher tells in its own words.
-_TOLD = frozenset({"finished"})
+_TOLD = frozenset({"finished", "saved"})
 
 
 @dataclass

@@ -22,13 +22,13 @@ from cluster import slurm
 from cluster.submission import Submission
 from configs.errors import run
 
-# Exit code of a rank that saved its state because it was told to end, and wants to go on later (EX_TEMPFAIL).
-PREEMPTED = 75
+# Exit code of a rank that saved its state because it was told to end, and wants to go on later. 75 is the watchdog's.
+PREEMPTED = 85
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """restart: start again from disk. over: the outcome is written. failed: give up. fenced: a younger life runs."""
+    """restart: start again from disk. over: nothing to do. failed: give up. fenced: a younger life runs."""
 
     action: Literal["restart", "over", "failed", "fenced"]
     reason: str = ""
@@ -75,25 +75,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Decide whether a SLURM job that ended is requeued.")
     parser.add_argument("submission", type=Path)
     parser.add_argument("code", type=int, help="exit code of srun")
+    parser.add_argument("--terminated", action="store_true", help="SLURM told the script to end")
     arguments = parser.parse_args(argv)
     submission = Submission(arguments.submission)
-    record = submission.record()
-    max_restarts = record.max_restarts if record else 0
-    generation = submission.generation(int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    job_id = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    exits = f"exit code {arguments.code} in SLURM job {job_id}"
-    verdict = decide(submission, generation, exits, preempted=arguments.code == PREEMPTED, max_restarts=max_restarts)
-    print(f"[end of generation {generation}] {verdict.action}: {verdict.reason}", flush=True)
+    life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    verdict = _judge(submission, life, arguments.code, terminated=arguments.terminated)
+    print(f"[end of generation {submission.generation(life)}] {verdict.action}: {verdict.reason}", flush=True)
     if verdict.action == "restart":
-        slurm.requeue(job_id)
+        slurm.requeue(slurm_job_id())
     elif verdict.action == "failed":
         submission.write_outcome("failed", verdict.reason)
     elif verdict.reason == "cancelled":
         submission.write_outcome("cancelled", "by request")
     outcome = submission.outcome()
     return 0 if outcome is not None and outcome.status == "finished" else arguments.code or 1
+
+
+def slurm_job_id() -> str:
+    """What SLURM calls this job: of an array only this task."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def _judge(submission: Submission, life: int, code: int, *, terminated: bool) -> Verdict:
+    """The verdict on this life, and whether it is still this life's business."""
+    job_id = slurm_job_id()
+    lives, reason = slurm.restarts_and_reason(job_id)
+    if lives > life:
+        return Verdict("fenced", "SLURM has started the job again already")
+    if terminated and reason != "TimeLimit":
+        return Verdict("over", f"SLURM ended the job ({reason}) and decides whether it comes back")
+    record = submission.record()
+    exits = "time limit, before all ranks had saved" if terminated else f"exit code {code} in SLURM job {job_id}"
+    return decide(
+        submission,
+        submission.generation(life),
+        exits,
+        preempted=code == PREEMPTED,
+        max_restarts=record.max_restarts if record else 0,
+    )
 
 
 if __name__ == "__main__":

@@ -111,10 +111,11 @@ def _accounting(job_ids: list[str]) -> dict[str, QueueEntry]:
     return {row[0]: QueueEntry(row[1].split(" ")[0], "", row[2]) for row in rows if row[0] in job_ids}
 
 
-def restarts(job_id: str) -> int:
-    """How often SLURM has started this job again."""
-    match = re.search(r"\bRestarts=(\d+)", _output("scontrol", "show", "job", "--oneliner", job_id))
-    return int(match.group(1)) if match else 0
+def restarts_and_reason(job_id: str) -> tuple[int, str]:
+    """How often SLURM has started this job again, and the reason it gives for its present state."""
+    text = _output("scontrol", "show", "job", "--oneliner", job_id)
+    count, reason = re.search(r"\bRestarts=(\d+)", text), re.search(r"\bReason=(\S+)", text)
+    return int(count.group(1)) if count else 0, reason.group(1) if reason else ""
 
 
 def requeue(job_id: str) -> None:

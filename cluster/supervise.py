@@ -90,8 +90,9 @@ class Supervisor(Controller):
             log.close()
         self.stdouts = []
 
-    def live(self) -> list[int]:
-        """One life: start the ranks and wait until all have ended. Returns their exit codes as they came."""
+    def live(self) -> list[int | None]:
+        """One life: start the ranks and wait until all have ended, or the patience with the others of a broken one has.
+        Returns their exit codes; None for those that still run."""
         self.start_tasks()
         deadline = float("inf")
         codes = [task.poll() for task in self.tasks]
@@ -102,7 +103,7 @@ class Supervisor(Controller):
             if ended:
                 patience = _LEAVING_S if set(ended) <= {0, PREEMPTED} else _PEERS_S
                 deadline = min(deadline, time.monotonic() + patience)
-        return [-signal.SIGKILL if code is None else code for code in codes]
+        return codes
 
     def supervise(self) -> None:
         """All lives, until the job is done, given up or stopped."""
@@ -162,9 +163,9 @@ class Supervisor(Controller):
         return not self.stop_requests
 
 
-def describe(codes: list[int]) -> str:
+def describe(codes: list[int | None]) -> str:
     """Exit codes of the ranks in words; of several broken ranks, the one that was killed is named first."""
-    broken = [(code, rank) for rank, code in enumerate(codes) if code not in (0, PREEMPTED)]
+    broken = [(code, rank) for rank, code in enumerate(codes) if code is not None and code not in (0, PREEMPTED)]
     words = [
         f"rank {rank} was killed by {signal.Signals(-code).name}" if code < 0 else f"rank {rank} failed ({code})"
         for code, rank in sorted(broken)

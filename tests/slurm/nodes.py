@@ -26,6 +26,12 @@ def why_not() -> str | None:
     return None
 
 
+def is_up() -> bool:
+    """Whether the cluster runs already (started by hand, and left running)."""
+    pid_file = ROOT / "run" / "slurmctld.host.pid"
+    return pid_file.exists() and Path(f"/proc/{pid_file.read_text().strip()}").exists()
+
+
 def start() -> str | None:
     """Start the cluster, or find it healthy. Returns why it could not be started."""
     done = subprocess.run(
@@ -49,9 +55,10 @@ def fault(command: str, node: str) -> None:
 
 
 def heal() -> None:
-    """Bring back all nodes."""
+    """Bring back all nodes, and end what still runs on them."""
     for node in NODES:
         fault("start", node)
+    command("scancel", "--user=root")
 
 
 def _own_environment() -> dict[str, str]:

@@ -1,0 +1,109 @@
+"""Fixtures of the tests on a real SLURM: the cluster, a tiny training, and an undisturbed run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.submission import Outcome, Submission, latest
+from tests.slurm import nodes
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 60
+TINY = f"""
+name: tiny
+batch_size: 16
+steps: {STEPS}
+model: {{name: akorn_nano_patch4_32, args: {{embed_dim: 16, num_heads: 2, num_steps: 2, img_size: 16}}}}
+data: {{shards: shards, keep: memory}}
+loading: {{workers: 0}}
+views: {{size: 16}}
+optimizer: {{name: adam, lr: 1.0e-3}}
+ema: {{decay: 0.9, every: 1, start: 0}}
+compute: {{precision: fp32, compile: false, zero_stage: 1}}
+checkpoints: {{save_every: 10}}
+monitor: {{log_every: 1, tensorboard: false}}
+cluster: {{executor: slurm, nodes: 2, processes: 2, gpus: 0, time_min: 60}}
+"""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A folder from which jobs are launched, as a user does it."""
+
+    folder: Path
+
+    def launch(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `python cluster/launch.py ...` here."""
+        command = [sys.executable, str(REPOSITORY / "cluster" / "launch.py"), *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env={**os.environ, **nodes.environment()}, capture_output=True, text=True
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def home(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def training(self, name: str) -> Submission:
+        return latest(self.home(name))["pretrain"]
+
+    def job_id(self, name: str) -> str:
+        record = self.training(name).record()
+        assert record is not None
+        return record.job_id
+
+    def rows(self, name: str) -> list[dict[str, float]]:
+        """Whole rows of the run's metrics."""
+        path = self.home(name) / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def await_step(self, name: str, step: int, seconds: float = 240) -> None:
+        nodes.wait_for(f"step {step} of {name}", lambda: len(self.rows(name)) >= step, seconds)
+
+    def await_end(self, name: str, seconds: float = 480) -> Outcome:
+        submission = self.training(name)
+        nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, seconds)
+        outcome = submission.outcome()
+        assert outcome is not None
+        return outcome
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[None]:
+    """A running cluster; stopped at the end unless it ran before."""
+    reason = nodes.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    was_up = nodes.is_up()
+    trouble = nodes.start()
+    if trouble is not None:
+        pytest.skip(trouble)
+    yield
+    if not was_up:
+        nodes.stop()
+
+
+@pytest.fixture(scope="session")
+def desk(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A folder with shards and the tiny training's configuration."""
+    folder = tmp_path_factory.mktemp("desk")
+    make = [sys.executable, str(REPOSITORY / "pretrain" / "make_shards.py"), "tetrominoes", "shards", "--count", "64"]
+    subprocess.run(make, cwd=folder, check=True, capture_output=True)
+    (folder / "tiny.yaml").write_text(TINY)
+    return Desk(folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(desk: Desk) -> Path:
+    """The tiny training's run when nothing happens to it."""
+    desk.launch("tiny.yaml", "name=undisturbed")
+    return desk.home("undisturbed")

@@ -1,0 +1,111 @@
+"""A training of 2 nodes x 2 processes on a real SLURM goes through every fault, without help and without a trace.
+
+After each, its metrics have every step exactly once, and its weights are those of the undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import nodes
+from tests.slurm.conftest import STEPS, Desk
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(autouse=True)
+def healed(desk: Desk) -> Iterator[None]:
+    """Every test leaves all nodes in order."""
+    yield
+    nodes.heal()
+
+
+def begin(desk: Desk, name: str, *overrides: str) -> str:
+    """Submit the training and wait until it is well under way. Returns the job id."""
+    desk.launch("tiny.yaml", f"name={name}", *overrides, "--detach")
+    desk.await_step(name, 15)
+    return desk.job_id(name)
+
+
+def tensors_of(home: Path) -> dict[str, bytes]:
+    """Weights, averages and moments of the last checkpoint, and the export, byte for byte."""
+    files = sorted((home / "checkpoints" / f"step_{STEPS:08d}").glob("*.safetensors"))
+    assert files
+    return {path.name: path.read_bytes() for path in [*files, home / "export" / "model.safetensors"]}
+
+
+def check(desk: Desk, name: str, undisturbed: Path, *, lives: int = 2) -> None:
+    """The run finished, has each step once, and ended with the same weights."""
+    outcome = desk.await_end(name)
+    assert outcome.status == "finished", outcome
+    assert [row["step"] for row in desk.rows(name)] == list(range(1, STEPS + 1))
+    assert len(desk.training(name).lives()) >= lives
+    assert tensors_of(desk.home(name)) == tensors_of(undisturbed)
+
+
+def test_short_signal_and_killed_rank(desk: Desk, undisturbed: Path) -> None:
+    job = begin(desk, "short")
+    nodes.command("scancel", "--signal=USR2", job)
+    nodes.wait_for("the second life", lambda: len(desk.training("short").lives()) == 2, 120)
+    desk.await_step("short", 40)
+    nodes.kill_rank(job, 3)
+    check(desk, "short", undisturbed, lives=3)
+    (failure,) = desk.training("short").failures()
+    assert "137" in failure["exits"]
+
+
+def test_time_limit(desk: Desk, undisturbed: Path) -> None:
+    """The limit comes while it trains: it saves in time, again and again."""
+    desk.launch("tiny.yaml", "name=limit", "cluster.time_min=1", "cluster.signal_s=15", "--detach")
+    check(desk, "limit", undisturbed, lives=1)
+
+
+def test_preemption_by_a_higher_partition(desk: Desk, undisturbed: Path) -> None:
+    begin(desk, "preempted")
+    nodes.command("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    check(desk, "preempted", undisturbed)
+    assert desk.training("preempted").failures() == []
+
+
+def test_requeue_without_warning(desk: Desk, undisturbed: Path) -> None:
+    nodes.command("scontrol", "requeue", begin(desk, "requeued"))
+    check(desk, "requeued", undisturbed)
+
+
+def test_killed_first_rank(desk: Desk, undisturbed: Path) -> None:
+    nodes.kill_rank(begin(desk, "killed"), 0)
+    check(desk, "killed", undisturbed)
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
+def test_crashed_node(desk: Desk, undisturbed: Path, position: int) -> None:
+    name = f"crash{position}"
+    nodes.fault("crash", nodes.nodes_of(begin(desk, name))[position])
+    check(desk, name, undisturbed)
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
+def test_killed_slurmd_with_its_tasks_alive(desk: Desk, undisturbed: Path, position: int) -> None:
+    """Two lives at once: the old one is fenced off by the young one."""
+    name = f"slurmd{position}"
+    nodes.fault("kill-slurmd", nodes.nodes_of(begin(desk, name))[position])
+    check(desk, name, undisturbed, lives=1)
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
+def test_unplugged_network(desk: Desk, undisturbed: Path, position: int) -> None:
+    name = f"unplugged{position}"
+    nodes.fault("unplug", nodes.nodes_of(begin(desk, name))[position])
+    check(desk, name, undisturbed)
+
+
+def test_resume_after_the_run_was_cancelled(desk: Desk, undisturbed: Path) -> None:
+    begin(desk, "cancelled")
+    desk.launch("cancel", "cancelled")
+    assert 15 <= len(desk.rows("cancelled")) < STEPS
+    desk.launch("resume", "cancelled", "--detach")
+    nodes.wait_for("the resumed job", lambda: len(desk.training("cancelled").lives()) == 1, 120)
+    check(desk, "cancelled", undisturbed, lives=1)

@@ -1,0 +1,107 @@
+"""Who comes back after which end: the rule shared by this machine and SLURM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import restarts, slurm
+from cluster.restarts import decide, stuck
+from cluster.submission import Record, Submission, new_submission
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    made = new_submission(tmp_path, "pretrain")
+    made.write_record(Record("pretrain", "pretrain", "slurm", "77", "host", 0.0, 0.0, "code", 1, 2, 2))
+    return made
+
+
+def end(submission: Submission, life: int = 0, *, preempted: bool = False) -> str:
+    generation = submission.generation(life)
+    return decide(submission, generation, "rank 1 was killed", preempted=preempted, max_restarts=2).action
+
+
+def save(submission: Submission, step: int) -> None:
+    (submission.home / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+
+
+def test_failures_without_progress_are_bounded(submission: Submission) -> None:
+    assert [end(submission) for _ in range(3)] == ["restart", "restart", "failed"]
+
+
+def test_progress_starts_the_count_anew(submission: Submission) -> None:
+    for step in (10, 20, 30, 40, 50):
+        assert end(submission) == "restart"
+        save(submission, step)
+    assert [end(submission) for _ in range(3)] == ["restart", "restart", "failed"]
+
+
+def test_a_save_on_request_is_no_failure(submission: Submission) -> None:
+    assert {end(submission, preempted=True) for _ in range(10)} == {"restart"}
+    assert submission.failures() == []
+
+
+def test_what_is_over_stays_over(submission: Submission) -> None:
+    submission.write_outcome("finished")
+    assert end(submission) == "over"
+    submission.write_outcome("failed", "too late")
+    outcome = submission.outcome()
+    assert outcome is not None
+    assert outcome.status == "finished"
+
+
+def test_a_cancelled_job_does_not_come_back(submission: Submission) -> None:
+    submission.cancel_file.touch()
+    assert end(submission, preempted=True) == "over"
+
+
+def test_an_older_life_decides_nothing(submission: Submission) -> None:
+    submission.add_life(submission.generation(1))
+    assert end(submission, life=0) == "fenced"
+    assert submission.failures() == []
+
+
+def test_generations_rise_over_submissions(tmp_path: Path) -> None:
+    first, second = new_submission(tmp_path, "pretrain"), new_submission(tmp_path, "pretrain")
+    assert first.generation(99) < second.generation(0)
+
+
+def test_stuck_counts_the_last_failures_at_the_same_progress() -> None:
+    assert stuck([]) == 0
+    assert stuck([{"progress": p} for p in (0, 10, 10, 10)]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known", "requeued", "outcome"),
+    [
+        (["137"], (0, "None"), True, None),  # a rank was killed
+        (["85"], (0, "None"), True, None),  # saved on request
+        (["137"], (1, "None"), False, None),  # SLURM was faster
+        (["143", "--terminated"], (0, "TimeLimit"), True, None),
+        (["143", "--terminated"], (0, "None"), False, None),  # scancel, or a preemption that SLURM requeues itself
+    ],
+)
+def test_the_batch_scripts_last_lines(
+    submission: Submission,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    known: tuple[int, str],
+    requeued: bool,
+    outcome: str | None,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "restarts_and_reason", lambda job_id: known)
+    monkeypatch.setattr(slurm, "requeue", asked.append)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert restarts.main([str(submission.folder), *arguments]) == int(arguments[0])
+    assert asked == (["77"] if requeued else [])
+    assert submission.outcome() == outcome
+
+
+def test_a_task_of_an_array_requeues_only_itself(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"JOB_ID": "80", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert restarts.slurm_job_id() == "77_3"
