@@ -59,8 +59,8 @@ class Source:
 
     def check(self) -> None:
         """Raise ValueError naming every tensor that is missing, or that nothing here understands."""
-        extra = [name for name in self.state if name not in self.taken]
-        problems = [f"missing {name}" for name in self.missing] + [f"unknown {name}" for name in extra]
+        problems = [f"missing {name}" for name in self.missing]
+        problems += [f"unknown {name}" for name in self.state if name not in self.taken]
         if problems:
             shown = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise ValueError(

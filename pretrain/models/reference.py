@@ -107,7 +107,11 @@ def convert(state: Mapping[str, Tensor], arguments: Arguments, *, kind: str | No
         raise ValueError("no_ro=True (the published ablation without readout) is not supported")
     full = {**DEFAULTS[kind], **arguments, **told}
     source = Source(state)
-    model, ours, projector = converters[kind](source, full)
+    try:
+        model, ours, projector = converters[kind](source, full)
+    except IndexError:  # what is missing cannot be permuted
+        source.check()
+        raise
     source.check()
     model.load_state_dict(ours)
     head = None
