@@ -35,15 +35,15 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of the update that follows `step` complete ones.
 
-    Linear from peak / (warmup + 1) over the first `warmup` steps; then `peak`, or a cosine that reaches `final * peak`
-    at the last step. A warm-up longer than the run never reaches the peak.
+    Linear from peak / (warmup + 1) over the first `warmup` steps; then `peak`, or a cosine that would reach
+    `final * peak` one step after the last, so that no step is wasted. A warm-up longer than the run never ends.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if name == "constant":
         return peak
     assert name == "cosine", name
-    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
