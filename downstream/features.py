@@ -1,0 +1,124 @@
+"""Features of a whole data set in a memory-mapped file, computed once by all processes together.
+
+Owns: the file (rows.npy [N, D] float32 in the order of the data set, a flag for each finished block, columns.json with
+the names of the columns and a description), so that an interrupted extraction goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from downstream import results
+from downstream.encoder import Encoder
+from downstream.samples import Samples
+
+PIXEL_SIDE = 32  # raw pixels are taken at this size at most
+
+
+@dataclass(frozen=True)
+class Table:
+    """Attributes: rows [N, D] float32, memory-mapped; columns: name -> (first, last + 1)."""
+
+    rows: np.ndarray
+    columns: Mapping[str, tuple[int, int]]
+
+    def take(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The columns of one kind of features, or of `all`, as a tensor [N, d]."""
+        first, last = (0, self.rows.shape[1]) if name == "all" else self.columns[name]
+        return torch.from_numpy(np.ascontiguousarray(self.rows[:, first:last])).to(device)
+
+
+def kinds_of(encoder: Encoder, images: Tensor, kinds: tuple[str, ...], *, start_seed: int = 0) -> dict[str, Tensor]:
+    """Features of a batch by kind, each [B, d].
+
+    pooled: as the model pools its last map; avg, max: pooled over the map; oscillators: the state before the last
+    readout, averaged over tokens; pixels: the image itself.
+    """
+    found: dict[str, Tensor] = {}
+    if set(kinds) - {"pixels"}:
+        features = encoder.encode(images, start_seed=start_seed, oscillators="oscillators" in kinds)
+        found["pooled"] = features.pooled
+        found["avg"], found["max"] = features.map.mean((2, 3)), features.map.amax((2, 3))
+        if features.oscillators is not None:
+            found["oscillators"] = features.oscillators.mean((2, 3))
+    if "pixels" in kinds:
+        found["pixels"] = pixels_of(images)
+    return {kind: found[kind] for kind in kinds}
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] as vectors, averaged down to PIXEL_SIDE where they are larger."""
+    if images.shape[-1] > PIXEL_SIDE:
+        images = F.adaptive_avg_pool2d(images, PIXEL_SIDE)
+    return images.flatten(1)
+
+
+def extract(
+    folder: Path,
+    samples: Samples,
+    compute: Callable[[Tensor, list[int]], dict[str, Tensor]],
+    *,
+    resize: int,
+    size: int,
+    batch_size: int,
+    description: dict[str, Any],
+) -> Table | None:
+    """Features of all samples; each process computes its share of the blocks.
+
+    Args:
+        folder: of this table: its name must say what the features depend on (`results.key_of`).
+        compute: images [B, 3, size, size] in [0, 1] and their positions -> features by kind.
+
+    Returns:
+        The table on rank 0, which waits for the others; None on the others.
+    """
+    rank, world_size = results.ranks()
+    blocks = samples.blocks(batch_size)
+    if rank == 0 and not (folder / "columns.json").exists():
+        first = compute(samples.images(blocks[0][:1], resize=resize, size=size), [0])
+        _create(folder, len(samples), len(blocks), {kind: rows.shape[1] for kind, rows in first.items()}, description)
+    results.wait_for((folder / "columns.json").exists, 600, f"the table of features in {folder}")
+    rows, done = _opened(folder)
+    for block in range(rank, len(blocks), world_size):
+        if done[block]:
+            continue
+        found = compute(samples.images(blocks[block], resize=resize, size=size), list(blocks[block]))
+        rows[blocks[block].start : blocks[block].stop] = torch.cat(list(found.values()), dim=1).cpu().numpy()
+        rows.flush()
+        done[block] = 1
+        done.flush()
+    if rank != 0:
+        return None
+    results.wait_for(lambda: bool(done.all()), 24 * 3600, f"features in {folder}")
+    return Table(
+        rows, {k: (a, b) for k, (a, b) in json.loads((folder / "columns.json").read_text())["columns"].items()}
+    )
+
+
+def _create(folder: Path, count: int, blocks: int, widths: dict[str, int], description: dict[str, Any]) -> None:
+    """Make the files; columns.json comes last and says that the others are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shape, kind in (("rows", (count, sum(widths.values())), "float32"), ("done", (blocks,), "uint8")):
+        partial = folder / f".{name}.{os.getpid()}.npy"
+        np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape).flush()
+        os.replace(partial, folder / f"{name}.npy")
+    ends = np.cumsum(list(widths.values())).tolist()
+    columns = {kind: (end - width, end) for (kind, width), end in zip(widths.items(), ends)}
+    results.write_json(folder / "columns.json", {"columns": columns, **description})
+
+
+def _opened(folder: Path) -> tuple[np.memmap, np.memmap]:
+    return (
+        np.lib.format.open_memmap(folder / "rows.npy", mode="r+"),
+        np.lib.format.open_memmap(folder / "done.npy", mode="r+"),
+    )

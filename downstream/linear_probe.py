@@ -1,0 +1,261 @@
+"""Linear probe and k-NN on frozen features.
+
+python downstream/linear_probe.py --ckpt runs/cifar10 --train data/cifar10/train --data data/cifar10/test
+python downstream/linear_probe.py --ckpt runs/imagenet --train shards/train --data shards/val --low-shot 0.01 0.1
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs import LinearProbeConfig, UserError
+from configs.errors import run as run_entry
+from configs.flags import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from downstream.encoder import Encoder
+    from downstream.features import Table
+    from downstream.samples import Samples
+
+TASK = "linear_probe"
+CROP_SHARE = 0.875  # of the resized image's side that the centre crop keeps
+
+
+def run(config: LinearProbeConfig, *, out_dir: Path | None = None) -> dict[str, Any]:
+    """Evaluate as configured; writes results.json, prints a table, returns what results.json holds.
+
+    With RANK and WORLD_SIZE set, processes share the extraction of features; rank 0 trains and writes.
+    """
+    from downstream import results
+
+    if config.ckpt is None:
+        raise UserError("no backbone: give --ckpt (run, export, weights file or timm name)")
+    if config.train is None or config.data is None:
+        raise UserError("give --train SHARDS (the probe learns from them) and --data SHARDS (it is tested on them)")
+    out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
+    return _Probing(config, out).run()
+
+
+class _Probing:
+    """One evaluation: the two data sets, the backbone, its controls."""
+
+    def __init__(self, config: LinearProbeConfig, out: Path) -> None:
+        import os
+
+        from downstream.backbone import load
+        from downstream.samples import LABEL, Samples
+
+        self.config, self.out, self.began = config, out, time.monotonic()
+        workers = os.cpu_count() or 1
+        self.train = Samples(config.train or "", limit=config.images, needs=(LABEL,), workers=workers)
+        self.test = Samples(config.data or "", limit=config.images, needs=(LABEL,), workers=workers)
+        self.labels, self.answers = self.train.labels(), self.test.labels()
+        self.encoders: dict[str, Encoder] = {}
+        for control in (None, *(["random"] if "random" in config.controls else [])):
+            encoder = load(
+                config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or config.size,
+                control=control, steps=config.steps, layer=config.layer, device=config.device,
+                precision=config.precision, seed=config.seed,
+            )  # fmt: skip
+            self.encoders[encoder.name] = encoder
+        self.size = config.size or self._own_size()
+        whole = self._stored_side() <= self.size
+        self.resize = config.resize or (self.size if whole else round(self.size / CROP_SHARE))
+
+    def _own_size(self) -> int:
+        model = next(iter(self.encoders.values())).model
+        return int(model.pretrained_cfg["input_size"][-1])
+
+    def _stored_side(self) -> int:
+        return min(self.train.image(0).shape[1:])
+
+    def run(self) -> dict[str, Any]:
+        from downstream import results
+
+        entries = [self._probed(name, encoder) for name, encoder in self.encoders.items()]
+        if "pixels" in self.config.controls:
+            entries.append(self._probed("raw pixels", None))
+        if results.ranks()[0] != 0:
+            return {}
+        document = {"models": entries, "seconds": round(time.monotonic() - self.began, 2)}
+        protocol = self._protocol()
+        results.write(self.out, TASK, self.config, protocol, **document)
+        if not self.config.keep_features:
+            shutil.rmtree(self._cache(), ignore_errors=True)
+        print_table(document, protocol, self.out)
+        return {"protocol": protocol, **document}
+
+    def _protocol(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "train": config.train, "data": config.data, "train_images": len(self.train), "images": len(self.test),
+            "data_fingerprint": [self.train.fingerprint, self.test.fingerprint], "resize": self.resize,
+            "size": self.size, "input_size": config.input_size, "features": config.features, "layer": config.layer,
+            "crops": config.crops, "rates": config.rates, "epochs": config.epochs, "head_batch": config.head_batch,
+            "held_out": config.held_out, "optimizer": "SGD, momentum 0.9, cosine to 0, no weight decay",
+            "features_standardised": True, "knn": config.knn, "knn_temperature": config.knn_temperature,
+            "steps": config.steps, "precision": config.precision, "seed": config.seed,
+        }  # fmt: skip
+
+    def _cache(self) -> Path:
+        return Path(self.config.cache_dir or self.out / "features")
+
+    def _probed(self, name: str, encoder: Encoder | None) -> dict[str, Any]:
+        """Probe, low-shot probes and k-NN of one kind of features."""
+        tables = self._tables(encoder)
+        if tables is None:
+            return {}
+        train, test = tables
+        kinds = [*train.columns, *(["all"] if len(train.columns) > 1 else [])]
+        entry: dict[str, Any] = {"name": name, "digest": None if encoder is None else encoder.digest()}
+        entry["linear"] = self._linear(train, test, kinds, share=None)
+        entry["low_shot"] = {
+            str(share): self._linear(train, test, kinds, share=share) for share in self.config.low_shot
+        }
+        entry["knn"] = self._neighbours(train, test, "pooled" if "pooled" in train.columns else kinds[0])
+        return entry
+
+    def _tables(self, encoder: Encoder | None) -> tuple[Table, Table] | None:
+        train = self._table(encoder, self.train, copy=0)
+        test = self._table(encoder, self.test, copy=0)
+        return None if train is None or test is None else (train, test)
+
+    def _table(self, encoder: Encoder | None, samples: Samples, *, copy: int) -> Table | None:
+        """Features of a data set; copy 0 sees centre crops, the others random crops and flips."""
+        from downstream import features, results
+        from downstream.views import crop_and_flip
+
+        kinds = ("pixels",) if encoder is None else self._kinds(encoder)
+        digest = "pixels" if encoder is None else encoder.digest()
+
+        def compute(images: Tensor, positions: list[int]) -> dict[str, Tensor]:
+            if copy:
+                images = crop_and_flip(images, positions, seed=self.config.seed, copy=copy)
+            if encoder is None:
+                return {"pixels": features.pixels_of(images)}
+            return features.kinds_of(encoder, images, kinds)
+
+        described = {"weights": digest, "data": samples.fingerprint, "size": self.size, "resize": self.resize}
+        key = results.key_of(described, kinds, copy, self.config.seed, self.config.batch_size)
+        table = features.extract(
+            self._cache() / key, samples, compute, resize=self.resize, size=self.size,
+            batch_size=self.config.batch_size, description={**described, "copy": copy, "location": samples.location},
+        )  # fmt: skip
+        if table is not None and self.config.keep_features:
+            keys = "\n".join(samples.index.keys(range(len(samples))))
+            (self._cache() / key / "keys.txt").write_text(keys + "\n")
+        return table
+
+    def _kinds(self, encoder: Encoder) -> tuple[str, ...]:
+        """The kinds asked for, without those that the model does not have."""
+        lacking = () if encoder.has_oscillators else ("oscillators",)
+        return tuple(kind for kind in self.config.features if kind not in lacking)
+
+    def _linear(self, train: Table, test: Table, kinds: list[str], *, share: float | None) -> dict[str, Any]:
+        """Train all heads, choose on held-out training images, train the chosen one on all of them, test it."""
+        import torch
+
+        from downstream import probe
+
+        config = self.config
+        classes = int(max(int(self.labels.max()), int(self.answers.max()))) + 1
+        available = torch.arange(len(self.labels))
+        if share is not None:
+            available = probe.split(self.labels, share, seed=config.seed)[1]
+        part, held = probe.split(self.labels[available], config.held_out, seed=config.seed)
+        learned, chosen_on = available[part], available[held]
+        device = self._device()
+        options: dict[str, Any] = {"classes": classes, "epochs": config.epochs, "batch_size": config.head_batch}
+        tried = []
+        for kind in kinds:
+            rows, labels = train.take(kind, device), self.labels.to(device)
+            heads = probe.train(rows[learned], labels[learned], rates=config.rates, seed=config.seed, **options)
+            accuracy = probe.evaluate(heads, rows[chosen_on], labels[chosen_on]).top1.tolist()
+            tried += [{"features": kind, "rate": rate, "held_out": top1} for rate, top1 in zip(config.rates, accuracy)]
+        best = max(tried, key=lambda one: one["held_out"])
+        rows, labels = self._augmented(train, best["features"], available)
+        heads = probe.train(rows, labels, rates=[best["rate"]], seed=config.seed, **options)
+        tested = probe.evaluate(heads, test.take(best["features"], device), self.answers.to(device))
+        names = ("top1", "top5", "ece")
+        scores = {name: float(getattr(tested, name)[0]) for name in names}
+        return {**scores, "chosen": best, "train_images": len(available), "heads": tried}
+
+    def _augmented(self, train: Table, kind: str, available: Tensor) -> tuple[Tensor, Tensor]:
+        """Training features of the chosen kind, with those of the randomly cropped copies."""
+        import torch
+
+        device = self._device()
+        rows, labels = [train.take(kind, device)[available]], [self.labels[available].to(device)]
+        encoder = next(iter(self.encoders.values()))
+        for copy in range(1, self.config.crops + 1 if kind in (*train.columns, "all") and kind != "pixels" else 1):
+            table = self._table(encoder, self.train, copy=copy)
+            assert table is not None
+            rows.append(table.take(kind, device)[available])
+            labels.append(labels[0])
+        return torch.cat(rows), torch.cat(labels)
+
+    def _neighbours(self, train: Table, test: Table, kind: str) -> dict[str, Any]:
+        from downstream.neighbours import knn_accuracy
+
+        found = knn_accuracy(
+            train.take(kind), self.labels, test.take(kind), self.answers, neighbours=self.config.knn,
+            temperature=self.config.knn_temperature,
+        )  # fmt: skip
+        return {"features": kind, **{str(k): accuracy for k, accuracy in found.items()}}
+
+    def _device(self) -> Any:
+        return next(iter(self.encoders.values())).device
+
+
+def print_table(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
+    """Scores in per cent on the terminal, with the protocol and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    numbers = [key for key in document["models"][0]["knn"] if key != "features"]
+    for position, title in enumerate(["", "linear", "top-5", "ECE", "features", "rate", *(f"{k}-NN" for k in numbers)]):
+        table.add_column(title, justify="left" if position in (0, 4) else "right")
+    for entry in document["models"]:
+        linear = entry["linear"]
+        cells = [f"{100 * linear[name]:.1f}" for name in ("top1", "top5", "ece")]
+        chosen = linear["chosen"]
+        near = [f"{100 * entry['knn'][k]['top1']:.1f}" for k in numbers]
+        table.add_row(entry["name"], *cells, chosen["features"], f"{chosen['rate']:g}", *near)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for entry in document["models"]:
+        for share, low in entry["low_shot"].items():
+            console.print(
+                f"{entry['name']}, {100 * float(share):g} % of the labels ({low['train_images']} images): "
+                f"{100 * low['top1']:.1f}",
+                highlight=False,
+            )
+    console.print(
+        f"{protocol['train_images']} training and {protocol['images']} test images at {protocol['size']} px, "
+        f"{protocol['epochs']} epochs of the heads, chosen on {protocol['held_out']:.0%} of the training set; "
+        f"{document['seconds']:.0f} s",
+        highlight=False,
+    )
+    console.print(f"results: {out}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; every key of the configuration is a flag."""
+    run(parse(LinearProbeConfig, argv, description=__doc__ or "", config="linear_probe"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))

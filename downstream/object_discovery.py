@@ -1,0 +1,376 @@
+"""Unsupervised object discovery: group a backbone's features, image by image, and compare with the masks.
+
+python downstream/object_discovery.py --ckpt runs/quickstart --data data/tetrominoes/test --preset tetrominoes
+python downstream/object_discovery.py --ckpt runs/imagenet --data shards/voc-val --preset voc --uptile 4
+python downstream/object_discovery.py --ckpt runs/imagenet --image photo.jpg --k 5
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs import ObjectDiscoveryConfig, UserError
+from configs.errors import run as run_entry
+from configs.flags import parse
+from configs.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from downstream.discovery import Protocol
+    from downstream.encoder import Control, Encoder
+
+TASK = "object_discovery"
+SHOWN = ("fg_ari", "mbo_i", "mbo_c", "miou", "ari")  # columns of the table
+Scores = dict[str, "np.ndarray"]  # name -> [S, N]
+
+
+def run(config: ObjectDiscoveryConfig, *, out_dir: Path | None = None) -> dict[str, Any]:
+    """Evaluate as configured; writes results.json and pictures, prints a table, returns what results.json holds.
+
+    With RANK and WORLD_SIZE set, processes share the images; rank 0 writes, the others return {}.
+    """
+    from downstream import results
+
+    if config.ckpt is None:
+        raise UserError("no backbone: give --ckpt (run, export, weights file or timm name)")
+    out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
+    _use_cores(config)
+    if config.image is not None:
+        return segment_picture(config, out)
+    return _Evaluation(config, out).run()
+
+
+class _Evaluation:
+    """One evaluation: its data, its protocol, and the models and baselines under it."""
+
+    def __init__(self, config: ObjectDiscoveryConfig, out: Path) -> None:
+        from downstream.samples import INSTANCES, Samples
+
+        self.config, self.out, self.began = config, out, time.monotonic()
+        self.preset = preset_of(config)
+        self.samples = Samples(
+            config.data or "", limit=config.images, needs=(INSTANCES,), workers=config.workers or os.cpu_count() or 1
+        )
+        self.protocol = protocol_of(config, self.preset)
+        self.parts = out / ".parts"
+
+    def run(self) -> dict[str, Any]:
+        models = [self._model(encoder) for encoder in self._encoders()]
+        baselines = [self._baseline(name) for name in self.config.baselines]
+        from downstream import results
+
+        if results.ranks()[0] != 0:
+            return {}
+        from downstream.discovery import summarise
+
+        document = {
+            "models": [_described(encoder, scores) for encoder, scores in models],
+            "baselines": [_baseline_entry(name, scores) for name, scores in baselines],
+            "differences": self._differences(models),
+            "seconds": round(time.monotonic() - self.began, 2),
+        }
+        protocol = {
+            "data": self.config.data,
+            "data_fingerprint": self.samples.fingerprint,
+            "images": len(self.samples),
+            "preset_name": self.config.preset,
+            **self.protocol.described(),
+            "features": self.config.layer,
+            "steps": self.config.steps,
+            "input_size": self.config.input_size,
+            "precision": self.config.precision,
+            "seed": self.config.seed,
+        }
+        pictures = self._pictures(models[0][0], summarise(models[0][1]["fg_ari"])["images"])
+        results.write(self.out, TASK, self.config, protocol, pictures=pictures, **document)
+        shutil.rmtree(self.parts, ignore_errors=True)
+        print_table(document, protocol, self.out)
+        return {"protocol": protocol, "pictures": pictures, **document}
+
+    def _encoders(self) -> list[Encoder]:
+        """The models of the table: each --ckpt, then the controls of the first."""
+        first = self.config.ckpt
+        assert first is not None
+        plain = [self._load(ckpt) for ckpt in (first, *self.config.also)]
+        if "random" in self.config.controls and not plain[0].has_oscillators and _is_random(plain[0]):
+            return plain
+        return plain + [self._load(first, control) for control in self.config.controls if _applies(control, plain[0])]
+
+    def _load(self, ckpt: str, control: Control | None = None) -> Encoder:
+        from downstream.backbone import load
+
+        config = self.config
+        size = config.input_size or self.preset.size
+        return load(
+            ckpt, arch=config.arch, args=config.args, img_size=size, control=control, steps=config.steps,
+            layer=config.layer, device=config.device, precision=config.precision, seed=config.seed,
+        )  # fmt: skip
+
+    def _model(self, encoder: Encoder) -> tuple[Encoder, Scores]:
+        from downstream import discovery, results
+
+        protocol = self.protocol
+        if self.config.method == "codebook":
+            book = discovery.learn_codebook(encoder, self.samples, protocol, seed=self.config.seed)
+            protocol = dataclasses.replace(protocol, codebook=book)
+        key = results.key_of(encoder.digest(), self.samples.fingerprint, protocol.described(), protocol.batch_size)
+        blocks = self.samples.blocks(protocol.batch_size)
+
+        def work(block: int) -> dict[str, Any]:
+            scene = self.samples.scenes(blocks[block], self.preset)
+            return discovery.score_scene(encoder, scene, protocol)
+
+        scores = discovery.gather(results.shared_blocks(self.parts / key, len(blocks), work))
+        if protocol.choose == "energy" and "energy" in scores:
+            scores = discovery.choose_start(scores)
+        return encoder, scores
+
+    def _baseline(self, name: str) -> tuple[str, Scores]:
+        from downstream import baselines, discovery, metrics, results
+
+        blocks = self.samples.blocks(self.protocol.batch_size)
+        grid = self._grid()
+
+        def work(block: int) -> dict[str, Any]:
+            scene = self.samples.scenes(blocks[block], self.preset)
+            if name == "grid":
+                scores = baselines.grid_scores(scene, grid)
+            else:
+                prediction = baselines.BASELINES[name](scene, self.protocol.grouping.clusters)
+                scores = metrics.score(scene.instances, prediction, scene.classes)
+            return {score: [values.tolist()] for score, values in scores.items()}
+
+        key = results.key_of(name, self.samples.fingerprint, self.protocol.described(), grid)
+        return name, discovery.gather(results.shared_blocks(self.parts / key, len(blocks), work))
+
+    def _grid(self) -> tuple[int, int]:
+        """Tokens of the first model, up-tiling included."""
+        assert self.config.ckpt is not None
+        encoder = self._load(self.config.ckpt)
+        side = encoder.side or self.preset.size
+        tokens = max(1, side // encoder.patch) * self.protocol.uptile
+        return tokens, tokens
+
+    def _differences(self, models: list[tuple[Encoder, Scores]]) -> list[dict[str, Any]]:
+        """The first model against each other one, with bootstrap intervals over images."""
+        import numpy as np
+
+        from downstream.discovery import summarise
+        from downstream.results import paired_bootstrap
+
+        def values(scores: Scores, name: str) -> np.ndarray:
+            return np.array(summarise(scores[name])["images"], dtype=np.float64)
+
+        (first, ours), *others = models
+        return [
+            {"model": first.name, "against": other.name, "score": name}
+            | paired_bootstrap(values(ours, name), values(theirs, name), resamplings=self.config.bootstrap)
+            for other, theirs in others
+            for name in ("fg_ari", "mbo_i")
+        ]
+
+    def _pictures(self, encoder: Encoder, values: list[float]) -> list[str]:
+        """The first images, and the best, middle and worst ones."""
+        if not self.config.pictures:
+            return []
+        count = min(self.config.pictures, len(self.samples))
+        defined = sorted((value, sample) for sample, value in enumerate(values) if value == value)
+        third = max(1, count // 3)
+        middle = max(0, (len(defined) - third) // 2)
+        extremes = [*defined[::-1][:third], *defined[middle : middle + third], *defined[:third]]
+        sheets = {"pictures.png": list(range(count)), "extremes.png": [sample for _, sample in extremes]}
+        return [
+            str(self._sheet(encoder, self.out / name, chosen, values).name) for name, chosen in sheets.items() if chosen
+        ]
+
+    def _sheet(self, encoder: Encoder, path: Path, chosen: list[int], values: list[float]) -> Path:
+        from downstream import baselines, discovery, pictures
+        from downstream.grouping import enlarge
+
+        scene = self.samples.scenes(chosen, self.preset)
+        size = (self.preset.size, self.preset.size)
+        protocol = self.protocol
+        columns = {encoder.name: enlarge(discovery.segments(encoder, scene.images, protocol)[0], size)}
+        clusters = protocol.grouping.clusters
+        if "random" in self.config.controls:
+            control = self._load(self.config.ckpt or "", "random")
+            columns["random weights"] = enlarge(discovery.segments(control, scene.images, protocol)[0], size)
+        columns[baselines.TITLES["colour_position"]] = baselines.colour_position(scene, clusters)
+        notes = [f"FG-ARI {100 * values[sample]:.0f}" for sample in chosen]
+        return pictures.sheet(path, scene.images, columns, truth=scene.instances, notes=notes)
+
+
+def preset_of(config: ObjectDiscoveryConfig) -> Preset:
+    """The preset, with what the configuration changes.
+
+    Raises:
+        UserError: neither a preset nor size and k are given.
+    """
+    base = PRESETS[config.preset] if config.preset is not None else None
+    if base is None:
+        if config.size is None or config.k is None:
+            raise UserError(f"give --preset ({', '.join(PRESETS)}), or --size and --k")
+        return Preset(config.size, config.k)
+    return dataclasses.replace(base, size=config.size or base.size, clusters=config.k or base.clusters)
+
+
+def protocol_of(config: ObjectDiscoveryConfig, preset: Preset) -> Protocol:
+    """The protocol that a configuration describes."""
+    from downstream.discovery import Protocol
+    from downstream.grouping import Grouping
+
+    method = "kmeans" if config.method == "codebook" else config.method
+    grouping = Grouping(
+        method=method, clusters=preset.clusters, distance=config.distance, components=config.components,
+        seed=config.seed,
+    )  # fmt: skip
+    if config.distance is not None and config.method != "linkage":
+        raise UserError(f"distance={config.distance} cuts a dendrogram: it needs method=linkage, not {config.method}")
+    if config.sweep and config.method == "codebook":
+        raise UserError("sweep is not available with method=codebook: run it once for each k")
+    return Protocol(
+        preset=preset, grouping=grouping, sweep=config.sweep, uptile=config.uptile, starts=config.starts,
+        choose=config.choose, batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def segment_picture(config: ObjectDiscoveryConfig, out: Path) -> dict[str, Any]:
+    """Segment one picture of the user's; writes NAME_segments.png beside the other results."""
+    import torch
+
+    from downstream import discovery, pictures
+    from downstream.backbone import load
+    from downstream.grouping import enlarge
+    from downstream.samples import centre_crop, to_float
+    from pretrain.data.decode import BrokenImageError, decode_image
+
+    assert config.ckpt is not None
+    assert config.image is not None
+    try:
+        photo = to_float(decode_image(Path(config.image).read_bytes()))
+    except (OSError, BrokenImageError) as error:
+        raise UserError(f"{config.image} cannot be read as a picture: {error}") from error
+    preset = preset_of(config) if config.preset else Preset(config.size or 256, config.k or 4)
+    size = config.size or config.input_size or preset.size
+    encoder = load(
+        config.ckpt, arch=config.arch, args=config.args, img_size=size, steps=config.steps, layer=config.layer,
+        device=config.device, precision=config.precision, seed=config.seed,
+    )  # fmt: skip
+    image = centre_crop(photo, resize=size, size=size)
+    protocol = protocol_of(config, preset)
+    cut = discovery.segments(encoder, image[None], protocol)[0]
+    labels = enlarge(cut, (size, size))[0]
+    path = out / f"{Path(config.image).stem}_segments.png"
+    _write_pair(path, image, torch.from_numpy(pictures.overlay(image, labels)))
+    counts = torch.bincount(labels.flatten()).tolist()
+    print(
+        f"{len(counts)} segments, of {min(counts) / labels.numel():.0%} to {max(counts) / labels.numel():.0%}: {path}"
+    )
+    return {"picture": str(path), "segments": len(counts)}
+
+
+def _write_pair(path: Path, image: Any, tinted: Any) -> None:
+    import numpy as np
+    from PIL import Image
+
+    photo = (image * 255).byte().permute(1, 2, 0).numpy()
+    pair = Image.fromarray(np.concatenate([photo, tinted.numpy()], axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 512 // photo.shape[0])
+    pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def _described(encoder: Encoder, scores: Scores) -> dict[str, Any]:
+    from downstream.discovery import summarise
+
+    return {
+        "name": encoder.name,
+        "digest": encoder.digest(),
+        "scores": {name: summarise(values) for name, values in scores.items()},
+    }
+
+
+def _baseline_entry(name: str, scores: Scores) -> dict[str, Any]:
+    from downstream.baselines import TITLES
+    from downstream.discovery import summarise
+
+    return {"name": TITLES[name], "scores": {score: summarise(values) for score, values in scores.items()}}
+
+
+def _is_random(encoder: Encoder) -> bool:
+    return encoder.name.endswith("(random)")
+
+
+def _applies(control: str, encoder: Encoder) -> bool:
+    return control == "random" or encoder.has_oscillators
+
+
+def _use_cores(config: ObjectDiscoveryConfig) -> None:
+    import torch
+
+    if config.workers is not None:
+        torch.set_num_threads(config.workers)
+
+
+def print_table(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
+    """Scores in per cent on the terminal, with the protocol and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    entries = [*document["models"], *document["baselines"]]
+    shown = [name for name in SHOWN if name in entries[0]["scores"]]
+    table = Table(title=None, header_style="bold")
+    table.add_column("")
+    for name in shown:
+        table.add_column(name.upper().replace("_", "-"), justify="right")
+    for position, entry in enumerate(entries):
+        cells = [_cell(entry["scores"][name]) for name in shown]
+        table.add_row(entry["name"], *cells, end_section=position == len(document["models"]) - 1)
+    console = Console(width=max(100, 0) if not sys.stdout.isatty() else None)
+    console.print(table)
+    skipped = entries[0]["scores"]["fg_ari"]["skipped"]
+    grouping = protocol["grouping"]
+    console.print(
+        f"{protocol['images']} images ({skipped} without objects, skipped), {protocol['preset']['size']} px, "
+        f"{grouping['method']} k={grouping['clusters']}, up-tiling {protocol['uptile']}, "
+        f"{protocol['starts']} starts ({protocol['choose']}); {document['seconds']:.0f} s",
+        highlight=False,
+    )
+    for entry in document["differences"]:
+        if entry["score"] == "fg_ari":
+            console.print(
+                f"{entry['model']} - {entry['against']}: FG-ARI {100 * entry['difference']:+.1f} "
+                f"[{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}] (95 %, paired bootstrap over images)",
+                highlight=False,
+            )
+    console.print(f"results and pictures: {out}", highlight=False)
+
+
+def _cell(summary: dict[str, Any]) -> str:
+    spread = summary["spread"]
+    return f"{100 * summary['mean']:.1f}" + (f" ±{100 * spread:.1f}" if spread is not None else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; every key of the configuration is a flag."""
+    config = parse(
+        ObjectDiscoveryConfig, argv, description=__doc__ or "", config="object_discovery", spill=("ckpt", "also")
+    )
+    run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))
