@@ -36,8 +36,24 @@ OWN_MODELS: tuple[str, ...] = AKORN_MODELS + AKORN_CONV_MODELS + ITRSA_MODELS + 
 # Sudoku solvers are no image models: timm does not know them (pretrain/tasks/sudoku.py builds them).
 SUDOKU_MODELS: tuple[str, ...] = ("sudoku_akorn", "sudoku_itrsa", "sudoku_transformer")
 
-# What `model.args` may hold for a name of ours; the families share one list of arguments.
-OWN_ARGUMENTS: dict[str, tuple[str, ...]] = {}
+# What `model.args` may hold for a name of ours, by the beginning of the name; the first that matches holds.
+OWN_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "akorn_classifier": (
+        "img_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "n", "num_steps", "gamma",
+        "learn_gamma", "coupling", "kernel_size", "num_heads", "readout_n", "readout_kernel", "batch_norm",
+        "c_norm", "omega", "omega_init", "projection", "norm", "self_drift", "drop_rate", "start_seed",
+    ),
+    "akorn": (
+        "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "n",
+        "num_steps", "gamma", "learn_gamma", "coupling", "kernel_size", "positions", "c_norm", "omega",
+        "omega_init", "learn_omega", "projection", "norm", "carry", "self_drift", "drop_rate", "rescale_input",
+        "start_seed",
+    ),
+    "itrsa": (
+        "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads",
+        "mlp_ratio", "num_steps", "positions", "norm_layer", "drop_rate", "rescale_input",
+    ),
+}  # fmt: skip
 
 Argument = bool | int | float | str | None | list[int] | list[str] | list[float]
 
@@ -47,7 +63,7 @@ class Model(Section):
 
     name: str = Field(description="a model of this project (docs/models.md) or any name of timm's, e.g. resnet50")
     args: dict[str, Argument] = Field(
-        default_factory=dict, description="further arguments of timm.create_model, e.g. {T: 16, n: 2}"
+        default_factory=dict, description="further arguments of timm.create_model, e.g. {num_steps: 16, n: 2}"
     )
 
     @model_validator(mode="after")
@@ -57,11 +73,10 @@ class Model(Section):
             raise ValueError(f"no model named {self.name!r}" + nearest(own, OWN_MODELS))
         if own.startswith("sudoku") and own not in SUDOKU_MODELS:
             raise ValueError(f"no model named {self.name!r}" + nearest(own, SUDOKU_MODELS))
-        for family, arguments in OWN_ARGUMENTS.items():
-            if own.startswith(family):
-                for key in self.args:
-                    if key not in arguments:
-                        raise ValueError(f"{self.name} takes no argument {key!r}" + nearest(key, arguments))
+        known = next((names for family, names in OWN_ARGUMENTS.items() if own.startswith(family)), None)
+        for key in self.args if known else ():
+            if known and key not in known:
+                raise ValueError(f"{self.name} takes no argument {key!r}" + nearest(key, known))
         return self
 
 
