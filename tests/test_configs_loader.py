@@ -44,7 +44,7 @@ def test_overrides_of_any_depth(small: Path) -> None:
 
 
 def test_dump_loads_back_to_the_same(small: Path, tmp_path: Path) -> None:
-    config = load(small, ["downstream=[{job: object_discovery, data: d}]", "model.args={T: 4}"])
+    config = load(small, ["downstream=[{job: object_discovery, data: d}]", "model.args={num_steps: 4}"])
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))
     assert load(again) == config
