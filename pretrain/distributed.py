@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -45,6 +46,8 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))  # DeepSpeed insists on finding it
     device = _device(local_rank)
+    # DeepSpeed calls collectives by names that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A store in memory: a lone process needs no port and no network.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -236,8 +235,6 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # DeepSpeed calls collectives by names that torch has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # On the CPU DeepSpeed would compile a shared-memory collective at the first start: half a minute, and an exception
     # where there is no compiler. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
