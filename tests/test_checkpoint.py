@@ -26,11 +26,8 @@ def snapshot(step: int) -> Snapshot:
 
 
 def equal(one: Snapshot, other: Snapshot) -> bool:
-    return one.state == other.state and all(
-        torch.equal(tensor, other.tensors[file][name])
-        for file, ts in one.tensors.items()
-        for name, tensor in ts.items()
-    )
+    pairs = [(t, other.tensors[file][name]) for file, tensors in one.tensors.items() for name, t in tensors.items()]
+    return one.state == other.state and all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_tensor_file_is_safetensors(tmp_path: Path) -> None:
@@ -145,7 +142,11 @@ def test_saver_goes_on_after_a_failure_and_ends_when_fenced(tmp_path: Path, back
     saver.join()
     assert told == ["save_failed", "saved", "saved", "saved"]
     owned = False
-    with pytest.raises(Fenced):
+
+    def save() -> None:
         saver.save(snapshot(5))
         saver.join()
+
+    with pytest.raises(Fenced):
+        save()
     assert [step for step, _ in checkpoint.existing(tmp_path)] == [3, 4]
