@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from configs.cluster import Cluster
 from configs.models import Argument, nearest
@@ -120,12 +120,54 @@ class SudokuConfig(EvaluationConfig):
     """Solving Sudokus with more computation at test time."""
 
     job: Literal["sudoku"] = "sudoku"
+    args: dict[str, Argument] = Field(
+        default_factory=dict, description="arguments of a published file, under their published names, e.g. {T: 16}"
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    T: tuple[PositiveInt, ...] = Field((16, 128), description="numbers of steps to read an answer at")
+    starts: PositiveInt = Field(8, description="random starts of each puzzle")
+    vote: tuple[Literal["energy", "energy-sum", "majority", "c-vote"], ...] = Field(
+        ("energy", "energy-sum", "majority", "c-vote"),
+        description="choice among starts: lowest last energy, lowest sum of energies over time, commonest digit of "
+        "each cell, highest mean probability (arXiv 2604.13521)",
+    )
+    finish: bool = Field(False, description="stop a puzzle at the first start whose board breaks no rule")
+    puzzle: str | None = Field(None, description="solve this puzzle of 81 characters instead of scoring a set")
+    animate: bool = Field(True, description="write an animation of a board being solved")
 
 
 class RobustnessConfig(EvaluationConfig):
     """Accuracy under attack and corruption, and calibration."""
 
     job: Literal["robustness"] = "robustness"
+    arch: str | None = Field(None, description="timm model that a bare weights file belongs to")
+    args: dict[str, Argument] = Field(default_factory=dict, description="arguments of that model")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    size: PositiveInt | None = Field(None, description="side of the images; default: that of the first image")
+    attacks: tuple[Literal["fgsm", "pgd", "pgd-l2", "autoattack", "autoattack-l2", "square"], ...] = Field(
+        ("fgsm", "pgd", "pgd-l2", "autoattack", "square"), description="attacks to run; square: random search alone"
+    )
+    settings: tuple[Literal["fixed", "eot"], ...] = Field(
+        ("fixed", "eot"),
+        description="fixed: one start that the attacker knows; eot: fresh starts, gradients averaged over them",
+    )
+    eps: PositiveFloat = Field(8 / 255, description="radius of the Linf ball, images in [0, 1]")
+    eps_l2: PositiveFloat = Field(0.5, description="radius of the L2 ball")
+    curve: tuple[NonNegativeFloat, ...] = Field(
+        (0.0, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255, 64 / 255),
+        description="Linf radii of the curve of loss and accuracy under PGD and under random search",
+    )
+    pgd_steps: PositiveInt = Field(40, description="steps of PGD")
+    auto_steps: PositiveInt = Field(100, description="steps of each part of AutoAttack")
+    auto_targets: PositiveInt = Field(9, description="classes that AutoAttack's targeted parts go to")
+    queries: PositiveInt = Field(5000, description="queries of Square per image")
+    draws: PositiveInt = Field(20, description="starts that a gradient is averaged over (eot)")
+    starts: PositiveInt = Field(8, description="fresh starts that predictions and adversarial images are scored on")
+    transfer_from: str | None = Field(None, description="another classifier whose adversarial images are tried")
+    corruptions: tuple[str, ...] = Field(("all",), description="names of CIFAR-10-C's corruptions, all, or none")
+    severities: tuple[int, ...] = Field((1, 2, 3, 4, 5), description="their severities")
+    cifar10c: str | None = Field(None, description="folder of the published CIFAR-10-C arrays instead of our own")
+    pictures: NonNegativeInt = Field(8, description="adversarial images drawn")
 
 
 DownstreamJob = Annotated[
