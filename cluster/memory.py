@@ -51,19 +51,19 @@ def shape_of(config: PretrainConfig) -> tuple[int, int, int, int] | None:
         return None
     channels, layers, steps = (
         int(value) if isinstance(value := config.model.args.get(key, default), int) else default
-        for key, default in zip(("C", "L", "T"), _SIZES[match.group(1)])
+        for key, default in zip(("embed_dim", "depth", "num_steps"), _SIZES[match.group(1)])
     )
     patch, size = int(match.group(2)), config.views.size if config.views else int(match.group(3))
     return channels, layers, steps, (size // patch) ** 2
 
 
 def parameters(config: PretrainConfig) -> int | None:
-    """Rough number of trained parameters: the coupling's 4 C^2 and the stimulus's and readout's C^2 each, by layer."""
+    """Rough number of trained parameters: coupling 4 C^2 and readout 4 C^2 a layer, and what is there once."""
     shape = shape_of(config)
     if shape is None:
         return None
     channels, layers, _, _ = shape
-    return (12 * layers + 6) * channels**2
+    return (8 * layers + 3) * channels**2
 
 
 def checkpoint_gib(config: PretrainConfig) -> float | None:

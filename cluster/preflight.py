@@ -189,7 +189,11 @@ def version_checks() -> Iterator[Check]:
 def slurm_checks(resources: Resources) -> Iterator[Check]:
     """The partition offers what is asked for, as SLURM itself reports it."""
     cluster = resources.cluster
-    found = slurm.partitions(cluster.partition)
+    try:
+        found = slurm.partitions(cluster.partition)
+    except UserError as error:
+        yield Check("slurm", "error", str(error))
+        return
     if not found:
         known = ", ".join(slurm.names_of_partitions())
         wanted = f"cluster.partition={cluster.partition}" if cluster.partition else "no default partition"

@@ -14,16 +14,19 @@ if __package__ in (None, ""):
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster import slurm
 from cluster.submission import Submission
+from cluster.tail import last_lines
 from configs.errors import run
 
 # Exit code of a rank that saved its state because it was told to end, and wants to go on later. 75 is the watchdog's.
 PREEMPTED = 85
+_CAUSE = re.compile(r"srun: error: (\S+: tasks? [\d,-]+: (?!Terminated).*)")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ def slurm_job_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+def _cause(submission: Submission, job_id: str, code: int) -> str:
+    """What srun said first of this life's end, e.g. "n2: task 3: Killed", else its exit code."""
+    log = submission.submitit_folder / f"{job_id}_0_log.out"
+    said = [line for line in last_lines(log, 200) if line.startswith(("[end of", "srun: error:"))]
+    for line in said[max((i + 1 for i, line in enumerate(said) if line.startswith("[")), default=0) :]:
+        if (match := _CAUSE.match(line)) is not None:
+            return f"{match.group(1)} in SLURM job {job_id}"
+    return f"exit code {code} in SLURM job {job_id}"
+
+
 def _judge(submission: Submission, life: int, code: int, *, terminated: bool) -> Verdict:
     """The verdict on this life, and whether it is still this life's business."""
     job_id = slurm_job_id()
@@ -107,7 +120,7 @@ def _judge(submission: Submission, life: int, code: int, *, terminated: bool) ->
     if terminated and reason != "TimeLimit":
         return Verdict("over", f"SLURM ended the job ({reason}) and decides whether it comes back")
     record = submission.record()
-    exits = "time limit, before all ranks had saved" if terminated else f"exit code {code} in SLURM job {job_id}"
+    exits = "time limit, before all ranks had saved" if terminated else _cause(submission, job_id, code)
     return decide(
         submission,
         submission.generation(life),

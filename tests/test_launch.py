@@ -1,0 +1,137 @@
+"""The launcher at the prompt: errors, dry run, and that it needs no torch. No job is started here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import launch, sweep
+from configs import UserError
+
+LAUNCH = Path(__file__).resolve().parents[1] / "cluster" / "launch.py"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.tar").touch()
+    (tmp_path / "shards" / "index.json").write_text(json.dumps({"samples": 100}))
+    (tmp_path / "run.yaml").write_text(
+        "name: r\nbatch_size: 8\nepochs: 3\nmodel: {name: akorn_nano_patch4_32}\ndata: {shards: shards}\n"
+        "views: {size: 32}\ncluster: {executor: local, processes: 2, gpus: 0}\n"
+    )
+    return tmp_path
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_shows_all_and_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(place)
+    assert launch.main(["run.yaml", "optimizer.lr=0.5", "--dry-run"]) == 0
+    assert contents(place) == before
+    said = capsys.readouterr().out
+    assert "lr: 0.5" in said
+    assert "8 = 2 x 4" in said
+    assert "38 = 3 epochs" in said  # 3 * 100 / 8 = 37.5 steps
+    assert "would submit: pretrain" in said
+
+
+def test_missing_shards_name_the_path_and_the_command() -> None:
+    """The issue's bar, from a folder without data, through the real entry point."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH), "quickstart.yaml", "data.shards=nowhere/tetrominoes"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    took = time.monotonic() - begin
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) <= 3
+    assert "no shards at nowhere/tetrominoes" in lines[0]
+    assert "make_shards.py tetrominoes nowhere/tetrominoes" in lines[1]
+    assert took < 1 or os.getloadavg()[0] > 2  # a busy machine proves nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=9", r"batch_size=9 does not divide over 2 processes; use 1, 3, 9 processes, or batch_size=8"),
+        ("cluster.nodes=2", r"needs SLURM"),
+        ("cluster.gpus=64", r"this machine shows \d+"),
+        ("optimzer.lr=1", r"did you mean 'optimizer'"),
+        ("data.shards=shard", r"no shards at shard"),
+    ],
+)
+def test_errors_name_the_remedy(place: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch.main(["run.yaml", override])
+    assert not (place / "runs").exists()
+
+
+def test_an_evaluation_needs_a_backbone(place: Path) -> None:
+    (place / "probe.yaml").write_text("job: linear_probe\n")
+    with pytest.raises(UserError, match="which backbone"):
+        launch.main(["probe.yaml"])
+    with pytest.raises(UserError, match="nothing at"):
+        launch.main(["probe.yaml", "ckpt=./nowhere.pth"])
+
+
+def test_commands_on_unknown_runs(place: Path) -> None:
+    (place / "runs" / "abcdef" / "jobs").mkdir(parents=True)
+    with pytest.raises(UserError, match="did you mean 'abcdef'"):
+        launch.main(["status", "abcdeg"])
+    with pytest.raises(UserError, match="no runs"):
+        launch.main(["list", "--runs-dir", "elsewhere"])
+
+
+def test_the_launcher_imports_no_torch(place: Path) -> None:
+    code = (
+        "import sys; sys.argv[0] = 'x'\n"
+        f"sys.path.insert(0, {str(LAUNCH.parents[1])!r})\n"
+        "from cluster import launch\n"
+        "launch.main(['run.yaml', '--dry-run'])\n"
+        "assert not {'torch', 'numpy', 'timm'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_script_for_slurm_can_be_seen_without_slurm(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = ["cluster.executor=slurm", "cluster.nodes=4", "cluster.gpus=8", "cluster.processes=null"]
+    more = ["cluster.partition=gpu", "cluster.gpu_type=h100", "cluster.cpus_per_process=12", "batch_size=64"]
+    with pytest.raises(UserError, match="sinfo|partition"):  # said at the end, after everything that can be shown
+        launch.main(["run.yaml", *cluster, *more, "--dry-run"])
+    said = capsys.readouterr().out
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=h100:8", "--partition=gpu", "--requeue"):
+        assert f"#SBATCH {line}" in said
+    assert "--cpus-per-task=12" in said
+    assert "64 = 32 x 2" in said
+
+
+def test_sweeps_make_a_run_for_each_combination(place: Path) -> None:
+    runs = sweep.configurations("run.yaml", ["seed=1"], ["optimizer.lr=1e-3,3e-4", "batch_size=8,16"])
+    assert [run.name for run in runs] == [
+        "r_lr-1e-3_batch_size-8",
+        "r_lr-1e-3_batch_size-16",
+        "r_lr-3e-4_batch_size-8",
+        "r_lr-3e-4_batch_size-16",
+    ]
+    assert {(run.optimizer.lr, run.batch_size, run.seed) for run in runs} == {
+        (1e-3, 8, 1),
+        (1e-3, 16, 1),
+        (3e-4, 8, 1),
+        (3e-4, 16, 1),
+    }
+    with pytest.raises(UserError, match="expected key=value"):
+        sweep.combinations(["optimizer.lr"])
