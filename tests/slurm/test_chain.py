@@ -1,0 +1,89 @@
+"""Jobs that depend on each other, arrays, and commands, on a real SLURM with the real evaluations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cluster.state import state_of
+from cluster.submission import latest
+from tests.slurm import nodes
+from tests.slurm.conftest import Desk
+
+pytestmark = pytest.mark.slurm
+
+SMALL = "starts: 1, images: 8, size: 16, k: 4, components: null, pictures: 2, baselines: [], controls: []"
+CHAIN = (
+    f"downstream=[{{job: object_discovery, data: shards, {SMALL}}}, "
+    "{job: linear_probe, train: shards, data: shards, epochs: 1}]"
+)
+
+
+def test_the_chain_finishes_from_one_command_and_goes_on_where_it_broke(desk: Desk) -> None:
+    labelled = desk.folder / "labelled"
+    broken = CHAIN.replace("train: shards", f"train: {labelled}")
+    labelled.symlink_to("shards")
+    desk.launch("tiny.yaml", "name=chain", "steps=20", broken, "--detach")
+    home = desk.home("chain")
+    probe = latest(home)["linear_probe"]
+    record = probe.record()
+    assert record is not None
+    nodes.command("scancel", record.job_id)  # killed for good while it waits
+    report = latest(home)["report"]
+    nodes.wait_for("the report", lambda: report.outcome() is not None, 600)
+    states = {name: state_of(one).name for name, one in latest(home).items()}
+    assert states == {
+        "pretrain": "finished",
+        "object_discovery": "finished",
+        "linear_probe": "cancelled",
+        "report": "finished",
+    }
+    desk.launch("resume", "chain")
+    assert {name: state_of(one).name for name, one in latest(home).items()} == dict.fromkeys(states, "finished")
+    assert latest(home)["pretrain"].number == 0
+    for task in ("object_discovery", "linear_probe"):
+        assert json.loads((home / "downstream" / task / "results.json").read_text())
+    assert "linear_probe" in (home / "report.html").read_text()
+
+
+def test_an_evaluation_on_two_nodes_equals_one_process(desk: Desk, undisturbed: None) -> None:
+    (desk.folder / "discover.yaml").write_text(
+        "job: object_discovery\nckpt: runs/undisturbed\ndata: shards\n"
+        + SMALL.replace(", ", "\n").replace("\n[", ", [")
+    )
+    for name, size in (("one", (1, 1)), ("four", (2, 2))):
+        cluster = [
+            "cluster.executor=slurm",
+            f"cluster.nodes={size[0]}",
+            f"cluster.processes={size[1]}",
+            "cluster.gpus=0",
+        ]
+        desk.launch("discover.yaml", f"name={name}", *cluster)
+    one, four = (
+        json.loads((desk.home("undisturbed") / "downstream" / name / "results.json").read_text())
+        for name in ("one", "four")
+    )
+    assert one["values"] == four["values"]
+
+
+def test_a_sweep_is_one_array(desk: Desk) -> None:
+    said = desk.launch("tiny.yaml", "name=sweep", "steps=10", "--sweep", "optimizer.lr=1e-3,1e-4").stdout
+    assert "sweep_lr-1e-4" in said
+    jobs = [desk.job_id(f"sweep_lr-{value}") for value in ("1e-3", "1e-4")]
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
+    for value in ("1e-3", "1e-4"):
+        assert desk.await_end(f"sweep_lr-{value}").status == "finished"
+    first, second = (desk.rows(f"sweep_lr-{value}")[-1]["loss"] for value in ("1e-3", "1e-4"))
+    assert first != second
+
+
+def test_what_the_commands_say(desk: Desk, undisturbed: None) -> None:
+    said = desk.launch("status", "undisturbed").stdout
+    assert "finished" in said
+    assert "step 60/60" in said
+    assert "step 60/60" in desk.launch("logs", "undisturbed", "--rank", "0").stdout
+    assert "undisturbed" in desk.launch("list").stdout
+    refused = desk.launch("tiny.yaml", "name=huge", "cluster.nodes=9", "batch_size=18", check=False)
+    assert refused.returncode == 2
+    assert "cluster.nodes=9, but partition debug has 3" in refused.stderr

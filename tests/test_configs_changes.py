@@ -1,0 +1,47 @@
+"""Which keys a resumed run may change, and what a refusal says."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import PretrainConfig, UserError, load
+from configs.changes import changes, check_resume
+
+
+def config(*overrides: str) -> PretrainConfig:
+    loaded = load("quickstart.yaml", overrides)
+    assert isinstance(loaded, PretrainConfig)
+    return loaded
+
+
+def test_what_is_computed_differently_may_change() -> None:
+    overrides = ["compute.micro_batch=8", "cluster.nodes=3", "steps=2000", "checkpoints.keep_last=5", "downstream=[]"]
+    found = check_resume(config(), config(*overrides), "runs/q")
+    assert {change.key.partition(".")[0] for change in found} == {
+        "compute",
+        "cluster",
+        "steps",
+        "checkpoints",
+        "downstream",
+    }
+    assert all(change.allowed for change in found)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["batch_size=64", "seed=1", "optimizer.lr=0.5", "model.args.num_steps=4", "data.window=3", "task.temperature=0.2"],
+)
+def test_what_is_computed_may_not(override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=rf"(?s){key}: .*init_from=runs/q") as caught:
+        check_resume(config(), config(override), "runs/q")
+    assert "name=" in str(caught.value)
+
+
+def test_nothing_changed() -> None:
+    assert changes(config(), config()) == []
+
+
+def test_another_task_is_named_as_a_whole() -> None:
+    with pytest.raises(UserError, match="task"):
+        check_resume(config(), config("task={name: classify, num_classes: 3}"), "runs/q")
