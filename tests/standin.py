@@ -105,9 +105,9 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = _context()
     processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, work, str(out), args)) for rank in range(world_size)
+        context().Process(target=_rank, args=(rank, world_size, port, work, str(out), args))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -122,12 +122,12 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
     return [torch.load(out / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _context() -> Any:
+def context() -> Any:
     """Processes forked from a server that has imported the slow libraries, once for all tests."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "deepspeed", "tests.standin_run", "pretrain.train"])
-    return context
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "timm", "deepspeed", "tests.standin_run", "pretrain.train"])
+    return server
 
 
 def _rank(rank: int, world_size: int, port: int, work: Callable[..., Any], out: str, args: tuple[Any, ...]) -> None:

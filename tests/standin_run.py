@@ -66,6 +66,7 @@ class FaultyLoader(VectorLoader):
 
 def replace_seams(*, separable: bool = False) -> None:
     """Put the stand-ins in place of task and loader, in this process."""
+    import pretrain.checkpoint
     import pretrain.session
     import pretrain.tasks
 
@@ -77,9 +78,16 @@ def replace_seams(*, separable: bool = False) -> None:
             batch_size=config.batch_size, rank=ranks.rank, world_size=ranks.world_size, seed=config.seed
         )
 
+    if os.environ.get("STANDIN_DISK_FULL"):
+        pretrain.checkpoint.write_tensors = _full_disk
     pretrain.tasks.make_task = make_task
     pretrain.session.make_task = make_task
     pretrain.session._make_loader = make_loader
+
+
+def _full_disk(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    path.write_bytes(b"part of a file")
+    raise OSError(28, "No space left on device")
 
 
 def run_standin(run_dir: str | Path, changes: dict[str, Any] | None = None, observers: Sequence[Any] = ()) -> str:
