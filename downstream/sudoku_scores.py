@@ -32,8 +32,7 @@ class Tally:
     def add(self, rollouts: Rollouts, puzzles: Puzzles) -> None:
         """Take over the answers to a block of puzzles."""
         self.steps = rollouts.steps
-        single = voting.right(rollouts.boards, puzzles.solutions[:, None]) & rollouts.ran
-        self._append("single", np.asarray(single))
+        self._append("single", voting.right(rollouts.boards, puzzles.solutions[:, None]) & rollouts.ran)
         self._append("energy", rollouts.energy)
         self._append("energy_sum", rollouts.energy_sum)
         self._append("confidence", rollouts.confidence)
@@ -61,10 +60,12 @@ class Tally:
 
     @property
     def single(self) -> NDArray[np.bool_]:
+        """Whether each start's board is right [M, P, S]."""
         return self._all("single")
 
     @property
     def energy(self) -> NDArray[np.float32]:
+        """Last energies [M, P, S]."""
         return self._all("energy")
 
     def document(self) -> dict[str, Any]:
