@@ -24,7 +24,7 @@ from configs.flags import parse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from downstream.encoder import Encoder
+    from downstream.encoder import Control, Encoder
     from downstream.features import Table
     from downstream.samples import Samples
 
@@ -62,7 +62,8 @@ class _Probing:
         self.test = Samples(config.data or "", limit=config.images, needs=(LABEL,), workers=workers)
         self.labels, self.answers = self.train.labels(), self.test.labels()
         self.encoders: dict[str, Encoder] = {}
-        for control in (None, *(["random"] if "random" in config.controls else [])):
+        controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
+        for control in controls:
             encoder = load(
                 config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or config.size,
                 control=control, steps=config.steps, layer=config.layer, device=config.device,
