@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -106,15 +107,17 @@ def test_bare_names_and_the_nearest_file() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_valid_and_say_how_to_run_them(path: Path) -> None:
-    load(path)
+    config = load(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"{path.name}" in line and "python cluster/launch.py" in line for line in header)
-    assert any("measured" in line for line in header)
+    assert any(re.search(rf"python cluster/launch\.py {path.stem}\b", line) for line in header)
+    if config.job == "pretrain":
+        assert any("measured" in line for line in header)
 
 
 def test_loading_imports_no_torch_and_is_quick(small: Path) -> None:
     code = "import sys, configs; configs.load(sys.argv[1]); sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, str(small)], cwd=ROOT, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
-    assert time.perf_counter() - started < 5  # a loaded machine; 0.3 s on an idle one
+    assert after.ru_utime - before.ru_utime < 1.5  # processor time: 0.3 s when nothing else runs
