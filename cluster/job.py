@@ -126,7 +126,7 @@ class Job:
             submission.write_outcome("finished")
             return status
         if here.requeue_id is not None and not submission.cancel_file.exists():
-            _requeue(here.requeue_id)
+            _requeue(here.requeue_id, here.life)
         raise SystemExit(PREEMPTED)
 
 
@@ -193,12 +193,16 @@ def _open_log(submission: Submission, here: Place, generation: int) -> None:
         link.symlink_to(path.name)
 
 
-def _requeue(job_id: str) -> None:
+def _requeue(job_id: str, life: int) -> None:
     """Ask SLURM for the next life, and wait for the end that comes with it.
 
     Where that fails (no SLURM commands inside a container), the batch script's last lines do it.
     """
     try:
+        objection = slurm.why_not_requeue(job_id, life)
+        if objection is not None:
+            print(f"no requeue: {objection}", file=sys.stderr, flush=True)
+            return
         slurm.requeue(job_id)
     except UserError as error:
         print(f"requeue from the batch script instead: {error}", file=sys.stderr, flush=True)

@@ -114,11 +114,9 @@ def _cause(submission: Submission, job_id: str, code: int) -> str:
 def _judge(submission: Submission, life: int, code: int, *, terminated: bool) -> Verdict:
     """The verdict on this life, and whether it is still this life's business."""
     job_id = slurm_job_id()
-    lives, reason = slurm.restarts_and_reason(job_id)
-    if lives > life:
-        return Verdict("fenced", "SLURM has started the job again already")
-    if terminated and reason != "TimeLimit":
-        return Verdict("over", f"SLURM ended the job ({reason}) and decides whether it comes back")
+    objection = slurm.why_not_requeue(job_id, life)
+    if objection is not None:
+        return Verdict("over", objection)
     record = submission.record()
     exits = "time limit, before all ranks had saved" if terminated else _cause(submission, job_id, code)
     return decide(

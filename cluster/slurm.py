@@ -111,11 +111,33 @@ def _accounting(job_ids: list[str]) -> dict[str, QueueEntry]:
     return {row[0]: QueueEntry(row[1].split(" ")[0], "", row[2]) for row in rows if row[0] in job_ids}
 
 
-def restarts_and_reason(job_id: str) -> tuple[int, str]:
-    """How often SLURM has started this job again, and the reason it gives for its present state."""
+@dataclass(frozen=True)
+class JobFacts:
+    """What scontrol says of a job that is there."""
+
+    state: str
+    reason: str
+    restarts: int  # how often SLURM has started it again
+
+
+def facts_of(job_id: str) -> JobFacts:
+    """State, reason and number of restarts of a job."""
     text = _output("scontrol", "show", "job", "--oneliner", job_id)
-    count, reason = re.search(r"\bRestarts=(\d+)", text), re.search(r"\bReason=(\S+)", text)
-    return int(count.group(1)) if count else 0, reason.group(1) if reason else ""
+    found = dict(re.findall(r"\b(JobState|Reason|Restarts)=(\S+)", text))
+    return JobFacts(found.get("JobState", ""), found.get("Reason", ""), int(found.get("Restarts", "0")))
+
+
+def why_not_requeue(job_id: str, life: int) -> str | None:
+    """Why the life-th start of a job must not ask for the next one; None if it may.
+
+    A job that was cancelled must not come back, and after a node failure or a preemption SLURM itself brings it back.
+    """
+    facts = facts_of(job_id)
+    if facts.restarts > life:
+        return "SLURM has started the job again already"
+    if facts.state == "RUNNING" or facts.reason == "TimeLimit":
+        return None
+    return f"SLURM ended the job ({facts.state}, {facts.reason}) and decides whether it comes back"
 
 
 def requeue(job_id: str) -> None:

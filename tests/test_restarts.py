@@ -74,31 +74,32 @@ def test_stuck_counts_the_last_failures_at_the_same_progress() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "known", "requeued", "outcome"),
+    ("arguments", "known", "requeued"),
     [
-        (["137"], (0, "None"), True, None),  # a rank was killed
-        (["85"], (0, "None"), True, None),  # saved on request
-        (["137"], (1, "None"), False, None),  # SLURM was faster
-        (["143", "--terminated"], (0, "TimeLimit"), True, None),
-        (["143", "--terminated"], (0, "None"), False, None),  # scancel, or a preemption that SLURM requeues itself
+        (["137"], ("RUNNING", "None", 0), True),  # a rank was killed
+        (["85"], ("RUNNING", "None", 0), True),  # saved on request
+        (["137"], ("RUNNING", "None", 1), False),  # SLURM was faster
+        (["143", "--terminated"], ("COMPLETING", "TimeLimit", 0), True),
+        (["143", "--terminated"], ("COMPLETING", "None", 0), False),  # scancel
+        (["85"], ("COMPLETING", "None", 0), False),  # scancel, and the ranks took it for a request to save
+        (["137"], ("NODE_FAIL", "NodeDown", 0), False),  # SLURM brings it back
     ],
 )
 def test_the_batch_scripts_last_lines(
     submission: Submission,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    known: tuple[int, str],
+    known: tuple[str, str, int],
     requeued: bool,
-    outcome: str | None,
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(slurm, "restarts_and_reason", lambda job_id: known)
+    monkeypatch.setattr(slurm, "facts_of", lambda job_id: slurm.JobFacts(*known))
     monkeypatch.setattr(slurm, "requeue", asked.append)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     assert restarts.main([str(submission.folder), *arguments]) == int(arguments[0])
     assert asked == (["77"] if requeued else [])
-    assert submission.outcome() == outcome
+    assert submission.outcome() is None
 
 
 def test_a_task_of_an_array_requeues_only_itself(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:

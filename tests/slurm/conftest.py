@@ -17,6 +17,8 @@ from tests.slurm import nodes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
+# Four processes that import torch on two busy cores take minutes to start.
+PATIENCE_S = 600.0
 TINY = f"""
 name: tiny
 batch_size: 16
@@ -66,10 +68,10 @@ class Desk:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def await_step(self, name: str, step: int, seconds: float = 240) -> None:
+    def await_step(self, name: str, step: int, seconds: float = PATIENCE_S) -> None:
         nodes.wait_for(f"step {step} of {name}", lambda: len(self.rows(name)) >= step, seconds)
 
-    def await_end(self, name: str, seconds: float = 480) -> Outcome:
+    def await_end(self, name: str, seconds: float = 3 * PATIENCE_S) -> Outcome:
         submission = self.training(name)
         nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, seconds)
         outcome = submission.outcome()

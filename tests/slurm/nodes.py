@@ -82,6 +82,12 @@ def nodes_of(job_id: str) -> list[str]:
     return names.split()
 
 
+def minutes_run(job_id: str) -> int:
+    """Whole minutes that a job has run in its present life."""
+    hours, minutes, _ = command("scontrol", "show", "job", job_id).split("RunTime=")[1].split()[0].split(":")
+    return int(hours) * 60 + int(minutes)
+
+
 def ranks(job_id: str) -> Iterator[tuple[int, int]]:
     """Process id and rank of each process of a job that is a rank (not srun, not a loader worker)."""
     for folder in Path("/proc").glob("[0-9]*"):
