@@ -102,6 +102,11 @@ class Loader:
         return len(self.index)
 
     @property
+    def staging(self) -> Staging | None:
+        """Where remote shards are staged; None for local ones."""
+        return self._files.cache
+
+    @property
     def skipped(self) -> int:
         """Different broken samples met by this process."""
         return self.ledger.count

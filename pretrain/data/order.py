@@ -122,16 +122,13 @@ class Order:
         lane, place = (int(values[0]) for values in self._lane_of(np.array([position])))
         epoch, offset = divmod(place, int(self._sizes[self._lanes[lane]].sum()))
         order = self._epoch(lane, epoch)
-        shard = int(np.searchsorted(order.ends, offset, side="right")) - 1
-        first = shard // self.window * self.window
-        coming: list[int] = []
-        while len(coming) < count:
-            coming += order.shards[first:].tolist()
+        first = (int(np.searchsorted(order.ends, offset, side="right")) - 1) // self.window * self.window
+        coming: dict[int, None] = {}
+        while len(coming) < min(count, len(order.shards)):
+            coming |= dict.fromkeys(order.shards[first : first + count].tolist())
             epoch, first = epoch + 1, 0
             order = self._epoch(lane, epoch)
-            if len(set(coming)) == len(order.shards):
-                break
-        return list(dict.fromkeys(coming))[:count]
+        return list(coming)[:count]
 
     def _lane_of(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lane of each position, and its place in the lane's own stream."""
