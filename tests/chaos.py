@@ -105,7 +105,7 @@ class Chaos:
             "steps": self.steps,
             "checkpoints": {"save_every": SAVE_EVERY, "keep_last": 3},
             "monitor": {"log_every": 1, "tensorboard": False},
-            "resilience": {"watchdog_s": 10.0, "watchdog_factor": 1e6},
+            "resilience": {"watchdog_s": 10.0, "watchdog_factor": 1.0},
         }
         self.world_size, self.generation, self.done = 2, 0, Counter[str]()
         self.disk_full = False

@@ -1,0 +1,62 @@
+"""Stopping together: a signal on one rank ends all ranks after the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import distributed
+from pretrain.distributed import Ranks
+from pretrain.preemption import EARLY_REQUEST, Stop
+from tests.standin import run_ranks
+
+
+def stopped_after(number: int) -> int:
+    """Steps that this rank did; rank 1 is told to stop after its fourth, the ranks run at different speeds."""
+    ranks = distributed.join(60)
+    with Stop(ranks) as stop:
+        for step in range(1, 100):
+            time.sleep(0.005 * (1 + ranks.rank))
+            if (step, ranks.rank) == (4, 1):
+                os.kill(os.getpid(), number)
+            if stop.agreed():
+                return step
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_all_ranks_stop_after_the_same_step(number: int, tmp_path: Path) -> None:
+    assert run_ranks(3, stopped_after, tmp_path, number) == [5, 5, 5]
+
+
+def test_request_from_before_the_handler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    assert not Stop(alone).agreed()
+    monkeypatch.setenv(EARLY_REQUEST, "1")
+    assert Stop(alone).agreed()
+
+
+def messages() -> list[object]:
+    """What the ranks tell one another."""
+    ranks = distributed.join(60)
+    said = distributed.broadcast_json({"a": [1, "x"]} if ranks.first else None, ranks)
+    gathered = distributed.gather_int64(torch.tensor([ranks.rank, 7]), ranks).tolist()
+    mean = float(distributed.mean_over_ranks(torch.tensor(float(ranks.rank)), ranks))
+    distributed.barrier(ranks)
+    return [said, gathered, mean]
+
+
+def test_messages(tmp_path: Path) -> None:
+    expected = [{"a": [1, "x"]}, [0, 7, 1, 7, 2, 7], 1.0]
+    assert run_ranks(3, messages, tmp_path) == [expected] * 3
+
+
+def test_batch_that_does_not_divide_names_what_works() -> None:
+    distributed.check_divides(12, 4)
+    with pytest.raises(ValueError, match=r"12 does not divide among 5 processes; use 1, 2, 3, 4, 6 processes"):
+        distributed.check_divides(12, 5)
