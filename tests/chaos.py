@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
@@ -243,8 +244,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos"))
     folder.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(folder, seed=arguments.seed, faults=arguments.faults, kinds=arguments.kinds)
-    chaos.run()
-    print(chaos.judge(folder))
+    try:
+        chaos.run()
+        print(chaos.judge(folder))
+    finally:
+        for process in multiprocessing.active_children():  # a disaster of ours must outlive nobody
+            process.kill()
     if arguments.folder is None:
         shutil.rmtree(folder)
     return 0
