@@ -32,6 +32,8 @@ class Screen(Protocol):
 
     def progress(self, link: str, text: str, done: int, total: int | None) -> None: ...
 
+    def end(self, link: str) -> None: ...
+
 
 class PlainScreen:
     """Lines, for files and pipes: progress at most every ten seconds."""
@@ -50,19 +52,18 @@ class PlainScreen:
             print(f"{link}: {text}", flush=True)
             self._last, self._shown = time.monotonic(), text
 
+    def end(self, link: str) -> None:
+        self._last = -float("inf")
+
 
 class LiveScreen:
-    """A bar that stays at the bottom of the terminal, lines above it."""
+    """A bar for each running job at the bottom of the terminal, lines above."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-        )
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24))
+        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), transient=True)
         self._tasks: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
@@ -70,10 +71,12 @@ class LiveScreen:
 
     def progress(self, link: str, text: str, done: int, total: int | None) -> None:
         if link not in self._tasks:
-            for task in self._tasks.values():
-                self.bar.update(task, visible=False)
             self._tasks[link] = self.bar.add_task(link, total=total, text=text)
         self.bar.update(self._tasks[link], completed=done, total=total, text=text)
+
+    def end(self, link: str) -> None:
+        if link in self._tasks:
+            self.bar.remove_task(self._tasks.pop(link))
 
 
 def follow(home: Path, links: Sequence[Submission], steps: int | None) -> dict[str, State]:
@@ -103,6 +106,8 @@ def _follow(home: Path, links: Sequence[Submission], steps: int | None, screen: 
             state = now[submission.folder.name]
             if state.name == "running":
                 _show_running(submission, reader, screen)
+            else:
+                screen.end(submission.link)
             if seen.get(submission.link) != (state.name, state.detail):
                 seen[submission.link] = (state.name, state.detail)
                 _tell_state(submission, state, reader, screen)

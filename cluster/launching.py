@@ -50,7 +50,10 @@ def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = N
         return 0
     submitted = submit(config, home, wanted, past, now)
     announce(config, home, submitted, each, changed)
-    return 0 if detach else watch(home, submitted)
+    if detach:
+        print(f"follow: python cluster/launch.py status {resume_name(home)} -f")
+        return 0
+    return watch(home, submitted)
 
 
 def check_folder(config: AnyJob, home: Path) -> list[Change]:
@@ -75,7 +78,8 @@ def what_is_missing(links: Sequence[Link], home: Path) -> tuple[list[Link], dict
     Raises:
         UserError: the first link that would be submitted is under way already: the run is running.
     """
-    past = latest(home)
+    names = {link.name for link in links}
+    past = {name: one for name, one in latest(home).items() if name in names}
     now = states(past.values())
     wanted = chain.missing(links, past, now)
     running = [(name, now[past[name].folder.name]) for name in past if now[past[name].folder.name].name in WAITING]
@@ -95,9 +99,10 @@ def submit(
 ) -> list[Submission]:
     """Prepare the folder and hand over what is missing."""
     fetch_weights(config)
+    names = {link.name for link in wanted}
     with launching(home):
         # Between the checks and here, another launcher may have been faster.
-        if {name: one.folder for name, one in latest(home).items()} != {name: one.folder for name, one in past.items()}:
+        if any(one.link in names and one != past.get(one.link) for one in latest(home).values()):
             raise UserError(
                 f"{shown(home)}: another launch was faster; see python cluster/launch.py status {home.name}"
             )

@@ -88,8 +88,13 @@ def queue(job_ids: Iterable[str]) -> dict[str, QueueEntry]:
     # is over although it waits to run again.
     form = "%i|%F_%K|%T|%r|%N"
     command = ["squeue", "--noheader", "--array", "--states=all", f"--format={form}"]
-    done = subprocess.run([*command, f"--jobs={','.join(wanted)}"], capture_output=True, text=True, timeout=_PATIENCE_S)
-    for line in done.stdout.splitlines():
+    try:
+        text = _output(*command, f"--jobs={','.join(wanted)}")
+    except UserError as error:  # a job that is long over is an error to squeue
+        if "Invalid job id" not in str(error):
+            raise
+        text = ""
+    for line in text.splitlines():
         job_id, array_id, state, reason, nodes = line.split("|")
         for key in (job_id, array_id):
             if key in wanted:

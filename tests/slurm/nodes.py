@@ -34,9 +34,12 @@ def is_up() -> bool:
 
 def start() -> str | None:
     """Start the cluster, or find it healthy. Returns why it could not be started."""
-    done = subprocess.run(
-        ["bash", str(SCRIPTS / "up.sh")], env=_own_environment(), capture_output=True, text=True, timeout=300
-    )
+    try:
+        done = subprocess.run(
+            ["bash", str(SCRIPTS / "up.sh")], env=_own_environment(), capture_output=True, text=True, timeout=300
+        )
+    except subprocess.TimeoutExpired:
+        return "SLURM did not start within 5 minutes (installing its packages takes one)"
     return None if done.returncode == 0 else f"SLURM did not start: {done.stderr.strip()[-500:]}"
 
 
