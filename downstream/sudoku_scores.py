@@ -45,7 +45,7 @@ class Tally:
                     self._append(f"{name} {place} {starts}", voting.right(chosen, puzzles.solutions)[None])
         if self.finish:
             valid = board.is_solved(rollouts.boards[-1].reshape(-1, 81)).reshape(rollouts.ran.shape) & rollouts.ran
-            self._append("finished", valid.any(axis=1)[None])
+            self._append("finished", np.expand_dims(valid.any(axis=1), 0))
 
     def _counts(self, rollouts: Rollouts, place: int) -> list[int]:
         """At which numbers of starts a vote is read: all powers of two at the last number of steps, else all starts."""
