@@ -68,7 +68,8 @@ class AKOrN(PatchBackbone, Starts):
         omega: "none", "pair" (a frequency per pair of channels) or "global" (one per block).
         omega_init: initial frequency; `learn_omega=False` freezes it.
         projection: False drops Proj (a control).
-        norm: "sphere"; as controls "clamp", "rms" or "none".
+        norm: "sphere"; as controls "clamp", "rms" or "none". A step along a tangent never shortens a unit vector, so
+            "clamp" differs from "sphere" only with `projection=False`.
         carry: "identity" or "linear": how x passes on to the next block.
         self_drift: the published quirk without Omega (kuramoto.py).
         start_seed: seed of the start in evaluation.
