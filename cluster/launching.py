@@ -15,7 +15,7 @@ from cluster.locate import located, shown
 from cluster.plan import describe, describe_resources, plan_of
 from cluster.resources import Resources, resolve
 from cluster.state import WAITING, State, states
-from cluster.submission import Submission, latest, launching, submissions, write_atomically
+from cluster.submission import Submission, hold, latest, submissions, write_atomically
 from configs import AnyJob, PretrainConfig, UserError, dump, load
 from configs.changes import Change, check_resume
 
@@ -100,7 +100,7 @@ def submit(
     """Prepare the folder and hand over what is missing."""
     fetch_weights(config)
     names = {link.name for link in wanted}
-    with launching(home):
+    with hold(home):
         # Between the checks and here, another launcher may have been faster.
         if any(one.link in names and one != past.get(one.link) for one in latest(home).values()):
             raise UserError(

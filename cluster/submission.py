@@ -183,7 +183,7 @@ def new_submission(home: Path, link: str) -> Submission:
 
 
 @contextmanager
-def launching(home: Path) -> Iterator[None]:
+def hold(home: Path) -> Iterator[None]:
     """Hold the run while something is submitted for it: of two launchers at once, one is refused.
 
     Raises:

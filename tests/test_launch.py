@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import launch, sweep
-from configs import UserError
+from cluster import launch, launching, sweep
+from cluster.submission import hold, new_submission
+from configs import LinearProbeConfig, UserError
 
 LAUNCH = Path(__file__).resolve().parents[1] / "cluster" / "launch.py"
 
@@ -135,3 +136,30 @@ def test_sweeps_make_a_run_for_each_combination(place: Path) -> None:
     }
     with pytest.raises(UserError, match="expected key=value"):
         sweep.combinations(["optimizer.lr"])
+
+
+def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+
+    def fetched(ckpt: str) -> list[str]:
+        return launching.pretrained_names(LinearProbeConfig(ckpt=ckpt))
+
+    assert fetched("vit_small_patch14_dinov2.lvd142m") == ["vit_small_patch14_dinov2.lvd142m"]
+    for other in ("folder", "local-dir:runs/x/export", "akorn_base_patch16_256", "a/b.pth"):
+        assert fetched(other) == []
+
+
+def test_two_launchers_at_once(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(UserError, match="another launch"), hold(tmp_path):
+        pass
+
+
+def test_what_resume_resumes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        launching.config_file(tmp_path)
+    submission = new_submission(tmp_path, "linear_probe")
+    (submission.folder / "config.yaml").touch()
+    assert launching.config_file(tmp_path) == submission.folder / "config.yaml"
+    (tmp_path / "config.yaml").touch()
+    assert launching.config_file(tmp_path) == tmp_path / "config.yaml"
