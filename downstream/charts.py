@@ -69,5 +69,10 @@ def _svg(figure: object, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a point are enough
+    text = re.sub(r' d="[^"]*"', _shortened, text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def _shortened(path: re.Match[str]) -> str:
+    """Coordinates to hundredths of a point."""
+    return re.sub(r"(\d+\.\d{2})\d+", r"\1", path.group())

@@ -360,7 +360,7 @@ def print_table(document: dict[str, Any], protocol: dict[str, Any], out: Path) -
 
 def _cell(summary: dict[str, Any]) -> str:
     spread = summary["spread"]
-    return f"{100 * summary['mean']:.1f}" + (f" ±{100 * spread:.1f}" if spread is not None else "")
+    return f"{100 * summary['mean']:.1f}" + (f" +/-{100 * spread:.1f}" if spread is not None else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ p, figcaption { color: var(--soft); margin: 0.35rem 0; } code { font-size: 0.9em
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 60%; }
 th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; } tr.first td { font-weight: 600; }
-figure { margin: 0.8rem 0; } figure img { max-width: 100%; height: auto; image-rendering: pixelated; }
+figure { margin: 0.8rem 0; } figure img { max-width: 100%; height: auto; }
 pre { background: var(--tint); padding: 0.8rem; border-radius: 8px; overflow-x: auto; font-size: 12.5px; }
 details { margin: 0.6rem 0; } summary { cursor: pointer; color: var(--soft); }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } h2 { break-after: avoid; }

@@ -69,7 +69,7 @@ def _object_tables(result: dict[str, Any]) -> list[str]:
     note = (
         f"{protocol['images']} images, {protocol['preset']['size']} px, {protocol['grouping']['method']} "
         f"k={protocol['grouping']['clusters']}, up-tiling {protocol['uptile']}, {protocol['starts']} starts; "
-        f"{entries[0]['scores']['fg_ari']['skipped']} images without objects skipped. Per cent; ± over starts."
+        f"{entries[0]['scores']['fg_ari']['skipped']} images without objects skipped. Per cent; +/- over starts."
     )
     return [
         page.table(["", *(name.upper().replace("_", "-") for name in shown)], rows, first=1),
@@ -129,7 +129,7 @@ def _percent(value: float | None) -> str:
 
 def _with_spread(summary: dict[str, Any]) -> str:
     spread = summary.get("spread")
-    return _percent(summary["mean"]) + (f" ± {100 * spread:.1f}" if spread is not None else "")
+    return _percent(summary["mean"]) + (f" +/- {100 * spread:.1f}" if spread is not None else "")
 
 
 def _shown(value: float) -> str:
