@@ -101,15 +101,16 @@ class Job:
         )
         if here.rank == 0:
             submission.add_life(generation, host=socket.gethostname(), world_size=here.world_size)
-        return self._end(submission, here, self._run(submission, config))
+        return self._end(submission, here, self._run(submission, config, generation))
 
-    def _run(self, submission: Submission, config: Any) -> str:
+    def _run(self, submission: Submission, config: Any, generation: int) -> str:
         """Do the work; a user's mistake ends the job for good, since a restart would meet it again."""
         try:
             return work(self.entry, config, submission)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            submission.write_outcome("failed", str(error))
+            if not submission.is_replaced(generation):
+                submission.write_outcome("failed", str(error))
             raise SystemExit(2) from None
         except RuntimeError as error:
             if type(error).__name__ != "Fenced":

@@ -56,9 +56,8 @@ def decide(submission: Submission, generation: int, exits: str, *, preempted: bo
         preempted: the ranks saved and ended because they were told to.
         max_restarts: restarts without progress in between before giving up.
     """
-    newest = max((life["generation"] for life in submission.lives()), default=generation)
-    if newest > generation:
-        return Verdict("fenced", f"a younger life of this job (generation {newest}) runs")
+    if submission.is_replaced(generation):
+        return Verdict("fenced", "a younger life of this job runs")
     if submission.outcome() is not None:
         return Verdict("over")
     if submission.cancel_file.exists():

@@ -145,6 +145,10 @@ class Submission:
     def lives(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "lives.jsonl")
 
+    def is_replaced(self, generation: int) -> bool:
+        """Whether a younger life than this one has started."""
+        return any(life["generation"] > generation for life in self.lives())
+
     def failures(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "failures.jsonl")
 

@@ -111,7 +111,7 @@ def test_the_launcher_imports_no_torch(place: Path) -> None:
 def test_a_script_for_slurm_can_be_seen_without_slurm(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = ["cluster.executor=slurm", "cluster.nodes=4", "cluster.gpus=8", "cluster.processes=null"]
     more = ["cluster.partition=gpu", "cluster.gpu_type=h100", "cluster.cpus_per_process=12", "batch_size=64"]
-    with pytest.raises(UserError, match="sinfo|partition"):  # said at the end, after everything that can be shown
+    with pytest.raises(UserError, match=r"sinfo|partition"):  # said at the end, after everything that can be shown
         launch.main(["run.yaml", *cluster, *more, "--dry-run"])
     said = capsys.readouterr().out
     for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=h100:8", "--partition=gpu", "--requeue"):
