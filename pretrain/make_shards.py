@@ -58,6 +58,10 @@ KINDS: dict[str, Kind] = {
     "tetrominoes-white": Kind("generated", "the same, all objects white", has_input=False),
     "multi-dsprites": Kind("generated", "2 to 5 coloured sprites with occlusion on grey, 64 px", has_input=False),
     "shapes": Kind("generated", "2 to 4 outlined shapes, overlapping, 40 px", has_input=False),
+    "clevr-scenes": Kind(
+        "clevr_scenes", "3 to 6 rendered solids with shadows, 128 px; needs pybullet", has_input=False
+    ),
+    "clevr-scenes-10": Kind("clevr_scenes", "the same with 3 to 10 objects", has_input=False),
     "sudoku": Kind("sudoku", "generated Sudokus with one solution, --givens A-B (default 31-42)", has_input=False),
     "sudoku-file": Kind("sudoku", "puzzle lines, RRN CSV, SATNet folder; with --givens: harder ones made from them"),
 }
@@ -180,7 +184,16 @@ def _make(
 
     total = len(source) if options.count is None else min(options.count, len(source))
     finish = Finish(options.resize, options.quality, check=not options.no_check)
-    plan = Plan(kind, str(source_input or ""), split, options.raw, total, options.per_shard, options.seed, finish)
+    plan = Plan(
+        kind,
+        str(source_input or ""),
+        split,
+        f"raw={options.raw} givens={options.givens}",
+        total,
+        options.per_shard,
+        options.seed,
+        finish,
+    )
     with _progress(f"{kind} {split}".strip(), total) as progress:
         made = make(source, plan, out, max_broken=options.max_broken, workers=options.workers, progress=progress)
     state = "was there already" if made.was_there else "written"

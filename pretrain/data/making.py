@@ -41,7 +41,7 @@ class Plan:
     source: str
     input: str
     split: str
-    raw: bool
+    settings: str
     num_pictures: int
     per_shard: int
     seed: int
@@ -154,8 +154,10 @@ def _write_all(source: Source, plan: Plan, out: Path, building: Path, workers: i
         for shard in left:
             yield write_shard(source, plan, out, building, shard)
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.data.making", "webdataset.writer"])
+    import webdataset.writer  # noqa: F401 (once, before the fork)
+
+    # Forked: workers share the source's tables (a million names) and start at once. They use no torch.
+    context = get_context("fork")
     with ProcessPoolExecutor(min(workers, len(left)), context, _start_worker, (source, plan, out, building)) as pool:
         yield from pool.map(_work, left)
 

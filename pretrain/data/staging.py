@@ -216,11 +216,12 @@ class Staging:
 
     def _fetch(self, url: str, partial: Path, num_bytes: int, sha256: bytes) -> None:
         digest, size = hashlib.sha256(), 0
-        with open_stream(url, timeout_s=self.timeout_s) as source, open(partial, "wb", buffering=0) as target:
+        with open_stream(url, timeout_s=self.timeout_s) as source, open(partial, "wb") as target:
             while data := source.read(CHUNK):
                 size += len(data)
                 digest.update(data)
                 target.write(data)
+                target.flush()  # its growth is what waiting processes see
                 if size > num_bytes:
                     break
         if size < num_bytes:

@@ -62,6 +62,11 @@ class Tree(Protocol):
         ...
 
 
+def _hidden(name: str) -> bool:
+    """Files that systems leave behind (.DS_Store, __MACOSX/) are no part of a data set."""
+    return any(piece.startswith((".", "__MACOSX")) for piece in name.split("/"))
+
+
 class FolderTree:
     """The files below a folder. Links are followed, to folders once; hidden files are left out."""
 
@@ -80,7 +85,7 @@ def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith((".", "__MACOSX")):
+            if _hidden(entry.name):
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
@@ -114,7 +119,7 @@ class TarTree:
                     self.notes.append(f"{at.name}: cut off by the end of the file")
                 elif nested and at.name.endswith(".tar"):
                     inner.append(at)
-                else:
+                elif not _hidden(at.name):
                     yield at
         except TarDamagedError as error:
             self.notes.append(str(error))
@@ -169,7 +174,7 @@ class ZipTree:
         with self._opened() as archive:
             found = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         self.notes += [f"{name[:80]!r}: name outside the archive, ignored" for name in found if unsafe(name)]
-        self.names = Names(sorted(name for name in found if not unsafe(name) and not name.startswith("__MACOSX")))
+        self.names = Names(sorted(name for name in found if not unsafe(name) and not _hidden(name)))
 
     def _opened(self) -> zipfile.ZipFile:
         try:
