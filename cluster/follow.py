@@ -23,6 +23,7 @@ from cluster.tail import last_lines
 _PLAIN_EVERY_S = 10.0
 _LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 2.0
 _LOG_LINES = 15
+_STARTING = "starting"
 
 
 class Screen(Protocol):
@@ -48,7 +49,7 @@ class PlainScreen:
     def progress(self, link: str, text: str, done: int, total: int | None) -> None:
         finished = total is not None and done >= total
         due = time.monotonic() - self._last >= _PLAIN_EVERY_S or finished
-        if due and text != self._shown:
+        if due and text not in (self._shown, _STARTING):
             print(f"{link}: {text}", flush=True)
             self._last, self._shown = time.monotonic(), text
 
@@ -121,13 +122,11 @@ def _show_running(submission: Submission, reader: RunReader, screen: Screen) -> 
     """The bar of the running link: steps of a pretraining, the newest line of the log of anything else."""
     if submission.link == "pretrain":
         progress = reader.progress
-        text = progress.text() if progress.figures else "starting"
-        if not progress.figures and isinstance(screen, PlainScreen):
-            return
+        text = progress.text() if progress.figures else _STARTING
         screen.progress(submission.link, text, progress.step, progress.steps)
         return
     lines = [line for line in last_lines(submission.home / "logs" / f"{submission.link}.log", 5) if line.strip()]
-    text = lines[-1][:100] if lines and not lines[-1].startswith("---") else "starting"
+    text = lines[-1][:100] if lines and not lines[-1].startswith("---") else _STARTING
     screen.progress(submission.link, text, 0, None)
 
 

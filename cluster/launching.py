@@ -181,7 +181,7 @@ def watch(home: Path, submitted: Sequence[Submission] | None = None) -> int:
         print(f"no longer following: {error}\nthe job goes on; see python cluster/launch.py status {home.name}")
         return 0
     if all(state.name == "finished" for state in final.values()):
-        report(home)
+        point_to_results(home, links)
         return 0
     print(f"go on from where it broke: python cluster/launch.py resume {resume_name(home)}")
     return 1
@@ -214,11 +214,14 @@ def resolve_quietly(config: PretrainConfig) -> Resources:
     return Resources("local", 1, 1, 0, 1, config.cluster)
 
 
-def report(home: Path) -> None:
-    """Point to the results."""
-    for path in (home / "export", home / "report.html", *sorted(home.glob("downstream/*/results.json"))):
-        if path.exists():
-            print(f"  {shown(path)}")
+def point_to_results(home: Path, links: Sequence[Submission]) -> None:
+    """Say where the results of these links lie."""
+    places = {PRETRAIN: [home / "export"], chain.REPORT: [home / "report.html"]}
+    for link in links:
+        evaluation = [home / "downstream" / link.link / "results.json", home / "results.json"]
+        for path in places.get(link.link, evaluation):
+            if path.exists():
+                print(f"  {shown(path)}")
 
 
 def config_file(home: Path) -> Path:

@@ -51,6 +51,11 @@ class Desk:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
+    def make_shards(self, *arguments: str) -> None:
+        """Run `python pretrain/make_shards.py ...` here."""
+        command = [sys.executable, str(REPOSITORY / "pretrain" / "make_shards.py"), *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+
     def home(self, name: str) -> Path:
         return self.folder / "runs" / name
 
@@ -98,10 +103,10 @@ def slurm() -> Iterator[None]:
 def desk(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """A folder with shards and the tiny training's configuration."""
     folder = tmp_path_factory.mktemp("desk")
-    make = [sys.executable, str(REPOSITORY / "pretrain" / "make_shards.py"), "tetrominoes", "shards", "--count", "64"]
-    subprocess.run(make, cwd=folder, check=True, capture_output=True)
+    made = Desk(folder)
+    made.make_shards("tetrominoes", "shards", "--count", "64")
     (folder / "tiny.yaml").write_text(TINY)
-    return Desk(folder)
+    return made
 
 
 @pytest.fixture(scope="session")
