@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC",
+    "-fno-tree-loop-distribute-patterns",  # else short copies become calls of memcpy
+)  # fmt: skip
 COMPILERS = ("g++", "c++", "clang++")
 
 

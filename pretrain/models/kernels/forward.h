@@ -11,8 +11,8 @@ template <class E> struct Scratch {
   float *rows, *s, *lse, *o;
   E* drive;
   Scratch(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H;
-    xa = arena.take<E>(ROWS * C);
+    const long N = l.N, C = l.C, D = C / l.H, R = block<E>();
+    xa = arena.take<E>(R * C);
     qkv = arena.take<E>(N * 3 * C);
     mixed = arena.take<E>(N * C);
     drive = arena.take<E>(N * C);
@@ -21,16 +21,16 @@ template <class E> struct Scratch {
     v = arena.take<E>(N * D);
     kt = arena.take<E>(N * D);
     vp = arena.take<E>(N * D);
-    p = arena.take<E>(ROWS * N);
-    oa = arena.take<E>(ROWS * C);
-    rows = arena.take<float>(ROWS * 3 * C);
-    s = arena.take<float>(ROWS * N);
-    o = arena.take<float>(ROWS * D);
+    p = arena.take<E>(R * N);
+    oa = arena.take<E>(R * C);
+    rows = arena.take<float>(R * 3 * C);
+    s = arena.take<float>(R * N);
+    o = arena.take<float>(R * D);
     lse = arena.take<float>(l.H * N);
   }
   static size_t bytes(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H;
-    return sizeof(E) * (N * 5 * C + 5 * N * D + ROWS * (N + 2 * C)) + 4 * (ROWS * (3 * C + N + D) + l.H * N) +
+    const long N = l.N, C = l.C, D = C / l.H, R = block<E>();
+    return sizeof(E) * (N * 5 * C + 5 * N * D + R * (N + 2 * C)) + 4 * (R * (3 * C + N + D) + l.H * N) +
            15 * 4608;
   }
 };
@@ -40,90 +40,88 @@ template <class E> void rotated_heads(const Layer& l, int h, const E* qkv, E* q,
   const int N = l.N, C = l.C, D = C / l.H;
   const float scale = 1.4426950408889634f / std::sqrt((float)D);
   E* out[3] = {q, k, v};
-  alignas(64) float u[512], turned[512];
   for (int which = 0; which < 3; which++) {
-    if (!out[which]) continue;
     const vec factor = splat(which ? 1.f : scale);
     const float *own = l.own + (long)which * N * D, *other = l.other + (long)which * N * D;
-    for (int i = 0; i < N; i++) {
-      const E* src = qkv + (long)i * 3 * C + which * C + h * D;
-      for (int e = 0; e < D; e += 16) store(u + e, load(src + e));
-      if (l.gta) rotate_head<false>(own + i * D, other + i * D, D, u, turned);
-      const float* r = l.gta ? turned : u;
-      for (int e = 0; e < D; e += 16) store(out[which] + (long)i * D + e, _mm512_mul_ps(factor, load(r + e)));
-    }
+    const E* u = qkv + which * C + h * D;
+    for (int i = 0; i < N; i++, u += 3 * C)
+      if (l.gta)
+        rotate_head<false>(own + i * D, other + i * D, D, u, factor, out[which] + (long)i * D);
+      else
+        scale_head(D, u, factor, out[which] + (long)i * D);
   }
 }
 
-// Values mixed by attention -> A operand of the output projection, rows [first, first + ROWS).
+// Values mixed by attention -> A operand of the output projection, tokens [first, first + count).
 template <class E> void rotated_output(const Layer& l, const E* mixed, int first, int count, E* out) {
   const int N = l.N, C = l.C, D = C / l.H;
-  const float *own = l.own + 3L * N * D, *other = l.other + 3L * N * D;
-  alignas(64) float u[512], turned[512];
-  for (int i = 0; i < count; i++)
-    for (int h = 0; h < (int)l.H; h++) {
-      const E* src = mixed + (long)(first + i) * C + h * D;
-      for (int e = 0; e < D; e += 16) store(u + e, load(src + e));
-      if (l.gta) rotate_head<false>(own + (first + i) * D, other + (first + i) * D, D, u, turned);
-      const float* r = l.gta ? turned : u;
-      for (int e = 0; e < D; e += 16) store(out + (long)i * C + h * D + e, load(r + e));
-    }
+  const vec one = splat(1.f);
+  for (int i = first; i < first + count; i++) {
+    const float *own = l.own + (3L * N + i) * D, *other = l.other + (3L * N + i) * D;
+    for (int e = 0; e < C; e += D, out += D)
+      if (l.gta)
+        rotate_head<false>(own, other, D, mixed + (long)i * C + e, one, out);
+      else
+        scale_head(D, mixed + (long)i * C + e, one, out);
+  }
 }
 
 template <class E> void operand(const float* src, long count, E* dst) {
   for (long i = 0; i < count; i += 16) store(dst + i, load(src + i));
 }
 
+// Rows of logits s in base 2 -> 2^(s - peak) as A operand, 1 / their sums, and log2 of the sums of 2^s.
+template <class E> void softmax(const Layer& l, int count, float* s, E* p, float* inverse, float* lse) {
+  const int N = l.N;
+  for (int r = 0; r < count; r++, s += N, p += N) {
+    for (int j = l.valid; j < N; j++) s[j] = -INFINITY;
+    vec top = load(s);
+    for (int j = 16; j < N; j += 16) top = _mm512_max_ps(top, load(s + j));
+    const float peak = _mm512_reduce_max_ps(top);
+    vec sum = splat(0.f);
+    for (int j = 0; j < N; j += 16) {
+      vec e = exp2v<E>(sub(load(s + j), splat(peak)));
+      sum = add(sum, e);
+      store(p + j, e);
+    }
+    const float total = _mm512_reduce_add_ps(sum);
+    inverse[r] = 1.f / total;
+    lse[r] = peak + std::log2(total);
+  }
+}
+
 // One step of one image: x -> next; leaves qkv, mixed, drive and lse where the scratch points.
 template <class E>
 void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const float* x, const float* c, float* next) {
-  const int N = l.N, C = l.C, H = l.H, D = C / H;
-  for (int i = 0; i < N; i += ROWS) {
-    const int count = std::min(ROWS, N - i);
-    const E* a;
+  const int N = l.N, C = l.C, H = l.H, D = C / H, R = block<E>();
+  for (int i = 0; i < N; i += R) {
+    const int count = std::min(R, N - i);
     if constexpr (sizeof(E) == 4) {
-      a = x + (long)i * C;
+      product(count, 3 * C, C, x + (long)i * C, C, w.qkv.data(), z.qkv + (long)i * 3 * C, 3 * C, BIAS, l.b_qkv);
     } else {
       operand(x + (long)i * C, (long)count * C, z.xa);
-      a = z.xa;
+      product(count, 3 * C, C, z.xa, C, w.qkv.data(), z.rows, 3 * C);
+      for (int r = 0; r < count; r++)
+        for (int e = 0; e < 3 * C; e += 16)
+          store(z.qkv + (long)(i + r) * 3 * C + e, add(load(z.rows + (long)r * 3 * C + e), load(l.b_qkv + e)));
     }
-    product(count, 3 * C, C, a, C, w.qkv.data(), z.rows, 3 * C);
-    for (int r = 0; r < count; r++)
-      for (int e = 0; e < 3 * C; e += 16)
-        store(z.qkv + (long)(i + r) * 3 * C + e, _mm512_add_ps(load(z.rows + (long)r * 3 * C + e), load(l.b_qkv + e)));
   }
   for (int h = 0; h < H; h++) {
     rotated_heads(l, h, z.qkv, z.q, z.k, z.v);
     pack_transposed(z.k, D, D, N, z.kt);
     pack(z.v, D, N, D, z.vp);
-    for (int i = 0; i < N; i += ROWS) {
-      const int count = std::min(ROWS, N - i);
+    for (int i = 0; i < N; i += R) {
+      const int count = std::min(R, N - i);
       product(count, N, D, z.q + (long)i * D, D, z.kt, z.s, N);
-      alignas(64) float inverse[ROWS];
-      for (int r = 0; r < count; r++) {
-        float* row = z.s + (long)r * N;
-        for (int j = l.valid; j < N; j++) row[j] = -INFINITY;
-        vec top = load(row);
-        for (int j = 16; j < N; j += 16) top = _mm512_max_ps(top, load(row + j));
-        const float peak = _mm512_reduce_max_ps(top);
-        vec sum = splat(0.f);
-        for (int j = 0; j < N; j += 16) {
-          vec e = exp2v<E>(_mm512_sub_ps(load(row + j), splat(peak)));
-          sum = _mm512_add_ps(sum, e);
-          store(z.p + (long)r * N + j, e);
-        }
-        const float total = _mm512_reduce_add_ps(sum);
-        inverse[r] = 1.f / total;
-        z.lse[h * N + i + r] = peak + std::log2(total);
-      }
+      alignas(64) float inverse[block<E>()];
+      softmax(l, count, z.s, z.p, inverse, z.lse + h * N + i);
       product(count, D, N, z.p, N, z.vp, z.o, D);
       for (int r = 0; r < count; r++)
-        for (int e = 0; e < D; e += 16)
-          store(z.mixed + (long)(i + r) * C + h * D + e, _mm512_mul_ps(splat(inverse[r]), load(z.o + r * D + e)));
+        scale_head(D, z.o + r * D, splat(inverse[r]), z.mixed + (long)(i + r) * C + h * D);
     }
   }
-  for (int i = 0; i < N; i += ROWS) {
-    const int count = std::min(ROWS, N - i);
+  for (int i = 0; i < N; i += R) {
+    const int count = std::min(R, N - i);
     rotated_output(l, z.mixed, i, count, z.oa);
     product(count, C, C, z.oa, C, w.out.data(), z.rows, C);
     for (int r = 0; r < count; r++) {
@@ -134,7 +132,7 @@ void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const flo
         continue;
       }
       for (int e = 0; e < C; e += 16) {
-        vec s = _mm512_add_ps(_mm512_add_ps(load(row + e), load(l.b_out + e)), load(c + at + e));
+        vec s = add(add(load(row + e), load(l.b_out + e)), load(c + at + e));
         store(row + e, s);
         store(z.drive + at + e, s);
       }

@@ -12,7 +12,8 @@
 
 namespace {
 
-const int ROWS = 32;  // rows of a block of the products with weights, and of queries
+// Tokens of a block of the products with weights, and of queries.
+template <class E> constexpr int block() { return sizeof(E) == 4 ? 64 : 32; }
 
 // One block per thread, grown when needed and kept: fresh pages cost more than the arithmetic on them.
 struct Arena {
@@ -48,7 +49,7 @@ struct Layer {
   // backward
   float* grad;            // [B, N, C]: in d final state, out d first state
   float *d_stimulus;      // [B, N, C]
-  float *d_w_qkv, *d_b_qkv, *d_w_out;  // [C, 3C] (transposed), [3C], [C, C] (transposed)
+  float *d_w_qkv, *d_b_qkv, *d_w_out;  // fp32: [3C, C], [3C], [C, C]; bf16: [C, 3C] and [C, C] transposed
   float *d_own, *d_other; // [4, N, D]
   float *d_frequency;     // [n/2, K] or null
   double* d_gamma;        // [1]

@@ -171,10 +171,11 @@ class _NativeLayer(torch.autograd.Function):
         layer = _describe(states, inputs, kept, gamma, ctx.plan, ctx.valid, keep=True)
         C = states.shape[-1]
         own, frequency = inputs[5], inputs[7]
+        transposed = ctx.plan.dtype == torch.bfloat16  # see layer.h
         out: dict[str, Tensor | None] = {
             "grad": grads[0].float().clone(memory_format=torch.contiguous_format),
             "d_stimulus": torch.empty_like(states[0]),
-            "d_w_qkv": states.new_zeros(C, 3 * C),
+            "d_w_qkv": states.new_zeros((C, 3 * C) if transposed else (3 * C, C)),
             "d_b_qkv": states.new_zeros(3 * C),
             "d_w_out": states.new_zeros(C, C),
             "d_own": None if own is None else torch.zeros_like(own),
@@ -188,7 +189,12 @@ class _NativeLayer(torch.autograd.Function):
         assert d_c is not None
         assert d_gamma is not None
         d_b_out = d_c.sum((0, 1))  # the bias of the output projection enters every step as c does
-        weights = (out["d_w_qkv"].T, out["d_b_qkv"], out["d_w_out"].T, d_b_out)  # type: ignore[union-attr]
+        d_w_qkv, d_w_out = out["d_w_qkv"], out["d_w_out"]
+        assert d_w_qkv is not None
+        assert d_w_out is not None
+        if transposed:
+            d_w_qkv, d_w_out = d_w_qkv.T, d_w_out.T
+        weights = (d_w_qkv, out["d_b_qkv"], d_w_out, d_b_out)
         tables = (out["d_own"], out["d_other"], out["d_frequency"])
         return (out["grad"], d_c, *weights, *tables, d_gamma.reshape(gamma.shape).float(), None, None)
 

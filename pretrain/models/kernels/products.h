@@ -58,33 +58,60 @@ template <class S, class E> inline void transpose(const S* src, long ld, int col
 
 // Products: out [M, columns] (+)= A [M, depth] B.
 
-template <int MR, int NR>
-inline void block_product(int depth, const float* A, long lda, const float* B, float* out, long ldo, bool add) {
+// Where the sums start: at zero, at what `out` holds, or at a bias per column.
+enum Start { ZERO, OUT, BIAS };
+
+// TURNED: A is given as its transpose [depth, M]. `panel` is the distance of two panels of B.
+template <int MR, int NR, bool TURNED>
+inline void block_product(int depth, const float* A, long lda, const float* B, long panel, float* out, long ldo,
+                          Start start, const float* bias) {
   vec sum[MR][NR];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NR; j++) sum[i][j] = add ? load(out + i * ldo + j * 16) : splat(0.f);
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; j++)
+      sum[i][j] = start == ZERO ? splat(0.f) : load(start == OUT ? out + i * ldo + j * 16 : bias + j * 16);
   for (int k = 0; k < depth; k++) {
     vec b[NR];
-    for (int j = 0; j < NR; j++) b[j] = load(B + (long)j * depth * 16 + k * 16);
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; j++) b[j] = load(B + j * panel + k * 16);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      vec a = splat(A[i * lda + k]);
+      vec a = splat(TURNED ? A[k * lda + i] : A[i * lda + k]);
+#pragma GCC unroll 4
       for (int j = 0; j < NR; j++) sum[i][j] = fma(a, b[j], sum[i][j]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
     for (int j = 0; j < NR; j++) store(out + i * ldo + j * 16, sum[i][j]);
 }
 
-inline void product(int M, int columns, int depth, const float* A, long lda, const float* B, float* out, long ldo,
-                    bool add = false) {
+template <bool TURNED>
+inline void float_product(int M, int columns, int depth, const float* A, long lda, const float* B, long panel, float* out,
+                          long ldo, Start start, const float* bias) {
+  const long row = TURNED ? 1 : lda;
   int j = 0;
   for (; j + 32 <= columns; j += 32)
     for (int i = 0; i < M; i += 8)
-      block_product<8, 2>(depth, A + i * lda, lda, B + (long)j * depth, out + i * ldo + j, ldo, add);
+      block_product<8, 2, TURNED>(depth, A + i * row, lda, B + j / 16 * panel, panel, out + i * ldo + j, ldo, start,
+                                  bias + j);
   for (; j < columns; j += 16)
     for (int i = 0; i < M; i += 16)
-      block_product<16, 1>(depth, A + i * lda, lda, B + (long)j * depth, out + i * ldo + j, ldo, add);
+      block_product<16, 1, TURNED>(depth, A + i * row, lda, B + j / 16 * panel, panel, out + i * ldo + j, ldo, start,
+                                   bias + j);
+}
+
+inline void product(int M, int columns, int depth, const float* A, long lda, const float* B, float* out, long ldo,
+                    Start start = ZERO, const float* bias = nullptr) {
+  float_product<false>(M, columns, depth, A, lda, B, depth * 16L, out, ldo, start, bias);
+}
+
+// The same with A given as its transpose [depth, M], and B as a part of longer panels.
+inline void product_turned(int M, int columns, int depth, const float* A, long lda, const float* B, long panel,
+                           float* out, long ldo, Start start) {
+  float_product<true>(M, columns, depth, A, lda, B, panel, out, ldo, start, nullptr);
 }
 
 #ifdef __AMX_BF16__
@@ -115,7 +142,7 @@ inline void release() {
 }
 
 inline void product(int M, int columns, int depth, const bf16* A, long lda, const bf16* B, float* out, long ldo,
-                    bool add = false) {
+                    Start start = ZERO) {
   const int step = depth % 32 ? 16 : 32;
   configure(step);
   const long la = lda * 2, lo = ldo * 4, panel = (long)depth * 16;
@@ -125,7 +152,7 @@ inline void product(int M, int columns, int depth, const bf16* A, long lda, cons
       const bool tall = i + 32 <= M;
       float* o = out + i * ldo + j;
       const bf16 *a = A + i * lda, *b = B + (j / 16) * panel;
-      if (add) {
+      if (start == OUT) {
         _tile_loadd(0, o, lo);
         if (wide) _tile_loadd(1, o + 16, lo);
         if (tall) _tile_loadd(2, o + 16 * ldo, lo);

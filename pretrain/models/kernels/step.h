@@ -7,43 +7,51 @@
 
 namespace {
 
-// u -> M u for the pairs of one head and token (transposed = false), or its adjoint.
-template <bool ADJOINT> inline void rotate_head(const float* own, const float* other, int D, const float* u, float* out) {
+// factor * M u for the pairs of one head and token, or with the adjoint of M.
+template <bool ADJOINT, class S, class T>
+inline void rotate_head(const float* own, const float* other, int D, const S* u, vec factor, T* out) {
   if (D == 16) {
-    vec x = load(u), o = load(other);
-    if (ADJOINT) {
-      vec y = _mm512_mul_ps(o, x);
-      store(out, fma(load(own), x, _mm512_shuffle_f32x4(y, y, 0x4e)));
-    } else {
-      store(out, fma(load(own), x, _mm512_mul_ps(o, _mm512_shuffle_f32x4(x, x, 0x4e))));
-    }
+    vec x = mul(factor, load(u)), o = load(other);
+    vec turned = ADJOINT ? swap_halves(mul(o, x)) : mul(o, swap_halves(x));
+    store(out, fma(load(own), x, turned));
+    return;
+  }
+  const int half = D / 2;
+  for (int e = 0; e < half; e += 16) {
+    vec a = mul(factor, load(u + e)), b = mul(factor, load(u + half + e));
+    vec p = load(other + e), q = load(other + half + e);
+    if (ADJOINT) std::swap(p, q);
+    store(out + e, fma(load(own + e), a, mul(p, b)));
+    store(out + half + e, fma(load(own + half + e), b, mul(q, a)));
+  }
+}
+
+// Adjoint of rotate_head at u: out = M' (factor g); d own += factor g u, d other += factor g swap(u).
+template <class S, class T>
+inline void rotate_head_back(const float* own, const float* other, int D, const S* u, const float* g, vec factor, T* out,
+                             float* d_own, float* d_other) {
+  if (D == 16) {
+    vec x = load(u), y = mul(factor, load(g));
+    store(d_own, fma(y, x, load(d_own)));
+    store(d_other, fma(y, swap_halves(x), load(d_other)));
+    store(out, fma(load(own), y, swap_halves(mul(load(other), y))));
     return;
   }
   const int half = D / 2;
   for (int e = 0; e < half; e += 16) {
     vec a = load(u + e), b = load(u + half + e);
-    vec p = load(other + e), q = load(other + half + e);
-    if (ADJOINT) std::swap(p, q);
-    store(out + e, fma(load(own + e), a, _mm512_mul_ps(p, b)));
-    store(out + half + e, fma(load(own + half + e), b, _mm512_mul_ps(q, a)));
+    vec y = mul(factor, load(g + e)), z = mul(factor, load(g + half + e));
+    store(d_own + e, fma(y, a, load(d_own + e)));
+    store(d_own + half + e, fma(z, b, load(d_own + half + e)));
+    store(d_other + e, fma(y, b, load(d_other + e)));
+    store(d_other + half + e, fma(z, a, load(d_other + half + e)));
+    store(out + e, fma(load(own + e), y, mul(load(other + half + e), z)));
+    store(out + half + e, fma(load(own + half + e), z, mul(load(other + e), y)));
   }
 }
 
-// d own += g u, d other += g swap(u)
-inline void rotate_head_weights(int D, const float* g, const float* u, float* d_own, float* d_other) {
-  if (D == 16) {
-    vec x = load(u), y = load(g);
-    store(d_own, fma(y, x, load(d_own)));
-    store(d_other, fma(y, _mm512_shuffle_f32x4(x, x, 0x4e), load(d_other)));
-    return;
-  }
-  const int half = D / 2;
-  for (int e = 0; e < D; e += 16) {
-    const int swapped = e < half ? e + half : e - half;
-    vec y = load(g + e);
-    store(d_own + e, fma(y, load(u + e), load(d_own + e)));
-    store(d_other + e, fma(y, load(u + swapped), load(d_other + e)));
-  }
+template <class S, class T> inline void scale_head(int D, const S* u, vec factor, T* out) {
+  for (int e = 0; e < D; e += 16) store(out + e, mul(factor, load(u + e)));
 }
 
 // One token of the update: x, s -> next x, which may be x itself.
@@ -68,7 +76,7 @@ inline void update_row(const Layer& l, const float* x, const float* s, float* ne
       square = fma(u[m], u[m], square);
     }
     vec inverse = _mm512_div_ps(splat(1.f), _mm512_sqrt_ps(_mm512_max_ps(square, splat(1e-24f))));
-    for (int m = 0; m < n; m++) store(next + m * K + k, _mm512_mul_ps(u[m], inverse));
+    for (int m = 0; m < n; m++) store(next + m * K + k, mul(u[m], inverse));
   }
 }
 
@@ -100,23 +108,23 @@ inline void update_row_back(const Layer& l, const float* x, const E* s, const fl
     vec inverse = _mm512_div_ps(splat(1.f), _mm512_sqrt_ps(square));
     radial = _mm512_div_ps(radial, square);
     for (int m = 0; m < n; m++) {  // u becomes d u
-      u[m] = _mm512_mul_ps(inverse, fnma(radial, u[m], load(g + m * K + k)));
+      u[m] = mul(inverse, fnma(radial, u[m], load(g + m * K + k)));
       if (l.projection) along = fma(xs[m], u[m], along);
       d_gamma = fma(u[m], drift[m], d_gamma);
     }
     // drift = s - pull x + Omega x, pull = <x, s> [- 1]
     for (int m = 0; m < n; m++) {
-      vec d_drift = _mm512_mul_ps(gamma, u[m]);
-      vec d_along = _mm512_mul_ps(gamma, along);
+      vec d_drift = mul(gamma, u[m]);
+      vec d_along = mul(gamma, along);
       store(ds + m * K + k, fnma(d_along, xs[m], d_drift));
       vec d = fnma(pull, d_drift, u[m]);
       d = fnma(d_along, load(s + m * K + k), d);
       if (l.frequency) {  // transpose of Omega
-        vec w = load(l.frequency + (m / 2) * K + k), other = _mm512_mul_ps(gamma, u[m ^ 1]);
+        vec w = load(l.frequency + (m / 2) * K + k), other = mul(gamma, u[m ^ 1]);
         d = m % 2 ? fma(w, other, d) : fnma(w, other, d);
         if (m % 2 == 0) {
           float* dw = d_frequency + (m / 2) * K + k;
-          vec turn = _mm512_mul_ps(d_drift, xs[m + 1]);
+          vec turn = mul(d_drift, xs[m + 1]);
           turn = fnma(other, xs[m], turn);
           store(dw, _mm512_add_ps(load(dw), turn));
         }

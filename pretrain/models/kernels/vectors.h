@@ -33,6 +33,10 @@ inline __m256i narrow(vec v) {
 }
 inline void store(bf16* p, vec v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+inline vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+inline vec swap_halves(vec a) { return _mm512_shuffle_f32x4(a, a, 0x4e); }
 inline vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }
 
 // 2^x; relative error 1e-7 (float) or 4e-5 (bf16, whose own rounding is 4e-3).
