@@ -46,15 +46,10 @@ def check(desk: Desk, name: str, undisturbed: Path, *, lives: int = 2) -> None:
     assert tensors_of(desk.home(name)) == tensors_of(undisturbed)
 
 
-def test_short_signal_and_killed_rank(desk: Desk, undisturbed: Path) -> None:
-    job = begin(desk, "short")
-    nodes.command("scancel", "--signal=USR2", job)
-    nodes.wait_for("the second life", lambda: len(desk.training("short").lives()) == 2, PATIENCE_S)
-    desk.await_step("short", 35)
-    nodes.kill_rank(job, 3)
-    check(desk, "short", undisturbed, lives=3)
-    (failure,) = desk.training("short").failures()
-    assert failure["exits"]
+def test_short_signal(desk: Desk, undisturbed: Path) -> None:
+    nodes.command("scancel", "--signal=USR2", begin(desk, "signal"))
+    check(desk, "signal", undisturbed)
+    assert desk.training("signal").failures() == []
 
 
 def test_time_limit(desk: Desk, undisturbed: Path) -> None:
@@ -77,9 +72,13 @@ def test_requeue_without_warning(desk: Desk, undisturbed: Path) -> None:
     check(desk, "requeued", undisturbed)
 
 
-def test_killed_first_rank(desk: Desk, undisturbed: Path) -> None:
-    nodes.kill_rank(begin(desk, "killed"), 0)
-    check(desk, "killed", undisturbed)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_killed_rank(desk: Desk, undisturbed: Path, rank: int) -> None:
+    name = f"killed{rank}"
+    nodes.kill_rank(begin(desk, name), rank)
+    check(desk, name, undisturbed)
+    (failure,) = desk.training(name).failures()
+    assert failure["exits"]
 
 
 @pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
