@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import nodes
-from tests.slurm.conftest import PATIENCE_S, STEPS, Desk
+from tests.slurm.conftest import STEPS, Desk
 
 pytestmark = pytest.mark.slurm
 
