@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import nodes
-from tests.slurm.conftest import STEPS, Desk
+from tests.slurm.conftest import PATIENCE_S, STEPS, Desk
 
 pytestmark = pytest.mark.slurm
 
@@ -56,6 +56,8 @@ def test_time_limit(desk: Desk, undisturbed: Path) -> None:
     """The limit comes near while it trains: it saves in time."""
     job = begin(desk, "limit", "cluster.signal_s=60")
     nodes.command("scontrol", "update", f"JobId={job}", f"TimeLimit={nodes.minutes_run(job) + 1}")
+    nodes.wait_for("the second life", lambda: len(desk.training("limit").lives()) == 2, PATIENCE_S)
+    nodes.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # a slow machine must not need many lives
     check(desk, "limit", undisturbed)
     assert desk.training("limit").failures() == []
 
