@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import functional as tv
 
 from configs.schema import Views
@@ -56,12 +57,12 @@ def test_every_view_equals_torchvisions(path: str, side: int) -> None:
     images = make_images(80, side)
     params = views.colour_params(section, 0, 0, np.arange(80), 0)
     if path == "torch":
-        result = augment._apply_torch(images, torch.from_numpy(params))
+        result = augment._apply_torch(images, params)
     else:
         library = native.library(Path(colour.__file__).with_name("colour.cpp"))
         if library is None:
             pytest.skip("no C++ compiler")
-        result = augment._apply_native(library, images, torch.from_numpy(params))
+        result = augment._apply_native(library, images, params)
     for image, row, ours in zip(images, params, result):
         torch.testing.assert_close(ours, expected(image, row, augment.blur_size), atol=3e-5, rtol=0)
 
@@ -102,3 +103,18 @@ def test_without_a_compiler_views_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     first = augment(batch)
     monkeypatch.setattr(colour, "library", lambda source: None)
     torch.testing.assert_close(augment(batch), first, atol=3e-5, rtol=0)
+
+
+def test_on_a_gpu_everything_is_on_the_gpu() -> None:
+    """With fake CUDA tensors: nothing is left on the host, and no value is asked for there (a device sync)."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.empty(10, 2, 3, 20, 20, dtype=torch.uint8, device="cuda")
+        params = views.colour_params(STRONG, 5, 0, np.arange(20), 0)
+        result = colour.Colour(STRONG, MEAN, STD).apply(images.flatten(0, 1), params)
+    assert result.device.type == "cuda"
+    assert result.shape == (20, 3, 20, 20)
+
+
+def test_orders_are_worked_on_in_blocks() -> None:
+    blocks = list(colour._blocks(np.array([-1, -1, 3, 3, 3, 7]), 2))
+    assert blocks == [(-1, slice(0, 2)), (3, slice(2, 4)), (3, slice(4, 5)), (7, slice(5, 6))]

@@ -102,15 +102,12 @@ def blur(images: Tensor, sigma: Tensor, size: int) -> Tensor:
     return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view(-1, 3, side, side)
 
 
-def _blocks(orders: Tensor, images: Tensor) -> Iterator[tuple[int, slice]]:
-    """(order, places) of equal sorted orders; on CPU in blocks of a few views that stay in a core's cache."""
-    most = max(1, BLOCK // images[0].numel()) if images.device.type == "cpu" else len(images)
-    values, counts = orders.unique_consecutive(return_counts=True)
-    first = 0
-    for order, count in zip(values.tolist(), counts.tolist()):
-        for start in range(first, first + count, most):
-            yield order, slice(start, min(start + most, first + count))
-        first += count
+def _blocks(orders: np.ndarray, most: int) -> Iterator[tuple[int, slice]]:
+    """(order, places) of equal orders in a sorted array, at most so many at once."""
+    bounds = [0, *(np.flatnonzero(np.diff(orders)) + 1).tolist(), len(orders)]
+    for first, last in pairwise(bounds):
+        for start in range(first, last, most):
+            yield int(orders[start]), slice(start, min(start + most, last))
 
 
 class Colour:
@@ -127,7 +124,8 @@ class Colour:
         # SimCLR: a kernel of a tenth of the side, odd.
         self.blur_size = int(0.1 * views.size) // 2 * 2 + 1 if views.blur_p > 0 else 0
         self.views = views
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.mean, self.std = np.array(mean, np.float32), np.array(std, np.float32)
+        self._normalisations: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -135,16 +133,17 @@ class Colour:
         images = batch.tensors["images"]
         epochs, samples = batch.epochs.numpy()[:, None], batch.samples.numpy()[:, None]
         params = v.colour_params(self.views, batch.seed, epochs, samples, np.arange(images.shape[1]))
-        return self.apply(images.flatten(0, 1), torch.from_numpy(params).flatten(0, 1)).view(images.shape)
+        return self.apply(images.flatten(0, 1), params.reshape(-1, v.NUM_COLOUR)).view(images.shape)
 
-    def apply(self, images: Tensor, params: Tensor) -> Tensor:
-        """uint8 [m, 3, S, S] and parameters float32 [m, P] on the host -> float32 [m, 3, S, S]."""
+    def apply(self, images: Tensor, params: np.ndarray) -> Tensor:
+        """uint8 [m, 3, S, S] and parameters float32 [m, P] -> float32 [m, 3, S, S] on the device of the images."""
         if images.device.type == "cpu" and (native := library(Path(__file__).with_name("colour.cpp"))) is not None:
-            return self._apply_native(native, images.contiguous(), params.contiguous())
+            return self._apply_native(native, images.contiguous(), params)
         return self._apply_torch(images, params)
 
-    def _apply_native(self, native: ctypes.CDLL, images: Tensor, params: Tensor) -> Tensor:
+    def _apply_native(self, native: ctypes.CDLL, images: Tensor, host: np.ndarray) -> Tensor:
         """By colour.cpp, a part of the views in each of torch's threads."""
+        params = torch.from_numpy(np.ascontiguousarray(host))
         result = torch.empty(images.shape, dtype=torch.float32)
         active = [[column if column in self.active else -1 for column in order] for order in v.ORDERS]
         orders = torch.tensor(active, dtype=torch.int32)
@@ -168,14 +167,17 @@ class Colour:
             worker.join()
         return result
 
-    def _apply_torch(self, images: Tensor, params: Tensor) -> Tensor:
-        """By torch's operations, on any device."""
-        orders = params[:, v.ORDER].int() if self.active else torch.full((len(params),), -1, dtype=torch.int32)
-        orders, rows = orders.sort(stable=True)
-        params, rows = params[rows].to(images.device), rows.to(images.device)
-        result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-        scale, offset = self._normalisation(images.device)
-        for order, part in _blocks(orders, images):
+    def _apply_torch(self, images: Tensor, host: np.ndarray) -> Tensor:
+        """By torch's operations, on any device. What is to be done is known on the host: no device sync."""
+        device = images.device
+        orders = host[:, v.ORDER].astype(np.int64) if self.active else np.full(len(host), -1)
+        sequence = np.argsort(orders, kind="stable")
+        params = torch.from_numpy(host[sequence]).to(device, non_blocking=True)
+        rows = torch.from_numpy(sequence).to(device, non_blocking=True)
+        result = torch.empty(images.shape, dtype=torch.float32, device=device)
+        scale, offset = self._normalisation(device)
+        most = max(1, BLOCK // images.shape[1:].numel()) if device.type == "cpu" else max(1, len(images))
+        for order, part in _blocks(orders[sequence], most):
             views = images[rows[part]].to(torch.float32).div_(255)
             result[rows[part]] = self._coloured(views, params[part], order).mul_(scale).sub_(offset)
         return result
@@ -195,6 +197,8 @@ class Colour:
         return images
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(1 / std, mean / std) as [3, 1, 1]."""
-        std = self.std.to(device)
-        return (1 / std).view(3, 1, 1), (self.mean.to(device) / std).view(3, 1, 1)
+        """(1 / std, mean / std) as [3, 1, 1], copied to a device once."""
+        if device not in self._normalisations:
+            scale, offset = (torch.from_numpy(values).view(3, 1, 1) for values in (1 / self.std, self.mean / self.std))
+            self._normalisations[device] = scale.to(device), offset.to(device)
+        return self._normalisations[device]
