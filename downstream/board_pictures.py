@@ -55,8 +55,9 @@ def energies(path: Path, energy: NDArray[np.float32], correct: NDArray[np.bool_]
     low, high = np.quantile(centred, [0.005, 0.995]).tolist()
     bins = np.linspace(low, max(high, low + 1e-6), 40).tolist()
     figure, axes = pyplot.subplots(figsize=(4.6, 3.4))
-    axes.hist(centred[correct], bins, alpha=0.6, density=True, label="right", color="#2f8f4e")
-    axes.hist(centred[~correct], bins, alpha=0.6, density=True, label="wrong", color="#b03a2e")
+    for answers, label, colour in ((correct, "right", "#2f8f4e"), (~correct, "wrong", "#b03a2e")):
+        if answers.any():
+            axes.hist(centred[answers], bins, alpha=0.6, density=True, label=label, color=colour)
     axes.set(xlabel="energy minus the puzzle's mean", ylabel="density")
     axes.legend()
     figure.tight_layout()
