@@ -47,6 +47,12 @@ class BackboneConfig(EvaluationConfig):
     device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
 
 
+def _known_preset(name: str | None) -> str | None:
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"no protocol {name!r}" + nearest(name, list(PRESETS)))
+    return name
+
+
 class ObjectDiscoveryConfig(BackboneConfig):
     """Unsupervised object discovery: group the features of each image, compare with its masks."""
 
@@ -81,9 +87,7 @@ class ObjectDiscoveryConfig(BackboneConfig):
     @field_validator("preset")
     @classmethod
     def _check_preset(cls, name: str | None) -> str | None:
-        if name is not None and name not in PRESETS:
-            raise ValueError(f"no protocol {name!r}" + nearest(name, list(PRESETS)))
-        return name
+        return _known_preset(name)
 
 
 class LinearProbeConfig(BackboneConfig):
@@ -112,8 +116,16 @@ class LinearProbeConfig(BackboneConfig):
     controls: tuple[Literal["random", "pixels"], ...] = Field(
         ("random", "pixels"), description="probes of the untrained backbone and of raw pixels, beside"
     )
+    segmentation: str | None = Field(
+        None, description="probe the map on class masks instead, cut as this protocol of object discovery says"
+    )
     cache_dir: str | None = Field(None, description="folder for features; default: in the results' folder")
     keep_features: bool = Field(False, description="leave the features there, with their keys in order")
+
+    @field_validator("segmentation")
+    @classmethod
+    def _check_preset(cls, name: str | None) -> str | None:
+        return _known_preset(name)
 
 
 class SudokuConfig(EvaluationConfig):

@@ -44,7 +44,7 @@ def run(config: LinearProbeConfig, *, out_dir: Path | None = None) -> dict[str, 
     if config.train is None or config.data is None:
         raise UserError("give --train SHARDS (the probe learns from them) and --data SHARDS (it is tested on them)")
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
-    return _Probing(config, out).run()
+    return _probe_masks(config, out) if config.segmentation is not None else _Probing(config, out).run()
 
 
 class _Probing:
@@ -217,6 +217,39 @@ class _Probing:
 
     def _device(self) -> Any:
         return next(iter(self.encoders.values())).device
+
+
+def _probe_masks(config: LinearProbeConfig, out: Path) -> dict[str, Any]:
+    """The segmentation probe, with the untrained backbone beside it; on one process."""
+    from configs.presets import PRESETS
+    from downstream import results
+    from downstream.backbone import load
+    from downstream.samples import CLASSES, Samples
+    from downstream.segmentation import probe_segmentation
+
+    if results.ranks()[0] != 0:
+        return {}
+    preset = PRESETS[config.segmentation or ""]
+    train, test = (Samples(one or "", limit=config.images, needs=(CLASSES,)) for one in (config.train, config.data))
+    entries = []
+    controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
+    for control in controls:
+        encoder = load(
+            config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or preset.size,
+            control=control, steps=config.steps, layer=config.layer, device=config.device,
+            precision=config.precision, seed=config.seed,
+        )  # fmt: skip
+        found = probe_segmentation(
+            encoder, train, test, preset, rates=config.rates, epochs=config.epochs, held_out=config.held_out,
+            batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+        entries.append({"name": encoder.name, "digest": encoder.digest(), "scores": found})
+        print(
+            f"{encoder.name}: mIoU {100 * float(str(found['miou'])):.1f} (token accuracy {found['token_accuracy']:.3f})"
+        )
+    protocol = {"preset_name": config.segmentation, "train": config.train, "data": config.data, "images": len(test)}
+    results.write(out, "segmentation_probe", config, protocol, models=entries)
+    return {"protocol": protocol, "models": entries}
 
 
 def print_table(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,142 @@
+"""Every kind of `--ckpt` under one contract: ours, exports, published files, timm's; controls; strict loading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import safe_open
+from timm.models import save_for_hf
+
+import pretrain  # noqa: F401
+from configs import UserError
+from downstream.backbone import load
+from downstream.encoder import apply_control
+
+SHARED = Path(os.environ.get("AKORN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+MODEL = "akorn_nano_patch4_32"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grid"),
+    [
+        (MODEL, 32, (8, 8)),
+        ("itrsa_nano_patch4_32", 32, (8, 8)),
+        ("akorn_conv_nano_patch4_32", 32, (8, 8)),
+        ("vit_tiny_patch16_224", 64, (4, 4)),
+        ("resnet10t", 64, (2, 2)),
+        ("swin_s3_tiny_224", 224, (7, 7)),
+    ],
+)
+def test_every_network_gives_pooled_features_and_a_map(name: str, size: int, grid: tuple[int, int]) -> None:
+    encoder = load(name, control="random", img_size=size, device="cpu")
+    features = encoder.encode(torch.rand(2, 3, size, size))
+    assert features.pooled.shape[0] == 2
+    assert features.map.shape[2:] == grid
+    assert features.map.dtype == torch.float32
+
+
+def test_map_of_a_transformer_lies_as_its_patches_do() -> None:
+    encoder = load("vit_tiny_patch16_224", control="random", img_size=64, device="cpu")
+    images = torch.zeros(2, 3, 64, 64)
+    images[1, :, :16, 48:] = 1.0  # the last patch of the first row
+    change = (encoder.encode(images).map[1] - encoder.encode(images).map[0]).norm(dim=0)
+    assert change.flatten().argmax() == 3
+
+
+def test_features_depend_on_the_start_and_not_on_the_batch() -> None:
+    encoder = load(MODEL, control="random", device="cpu")
+    images = torch.rand(3, 3, 32, 32)
+    whole = encoder.encode(images).map
+    torch.testing.assert_close(whole[1:2], encoder.encode(images[1:2]).map, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, encoder.encode(images, start_seed=1).map)
+    assert encoder.energy(images).shape == (3,)
+
+
+def test_an_export_gives_its_features_and_damage_is_noticed(tmp_path: Path) -> None:
+    from pretrain import fingerprint
+
+    torch.manual_seed(1)
+    model = timm.create_model(MODEL, num_classes=0).eval()
+    save_for_hf(model, str(tmp_path / "export"), model_args={}, safe_serialization=True)
+    (tmp_path / "export" / fingerprint.FILE).write_text(str(fingerprint.take(model, [1, 3, 32, 32])).replace("'", '"'))
+    images = torch.rand(2, 3, 32, 32)
+    expected = model.forward_features((images - 0.5) / 0.5)
+    for ckpt in (tmp_path, tmp_path / "export"):
+        torch.testing.assert_close(load(str(ckpt), device="cpu").encode(images).map, expected)
+    random = load(str(tmp_path), control="random", device="cpu")
+    assert not torch.allclose(random.encode(images).map, expected)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2.0)
+    save_for_hf(model, str(tmp_path / "export"), model_args={}, safe_serialization=True)
+    with pytest.raises(UserError, match="does not give the features recorded"):
+        load(str(tmp_path / "export"), device="cpu")
+
+
+def test_controls_change_what_they_say() -> None:
+    images = torch.rand(1, 3, 32, 32)
+    still = load(MODEL, control="random", device="cpu")
+    plain = still.encode(images, oscillators=True)
+    digest = still.digest()
+    apply_control(still, "uncoupled")
+    changed = images.clone()
+    changed[:, :, :4, :4] = 1 - changed[:, :, :4, :4]
+    gap = (still.encode(images).map - still.encode(changed).map).norm(dim=1)[0]
+    assert gap[0, 0] > 0
+    assert still.digest() != digest
+    apply_control(still, "no_steps")
+    assert plain.oscillators is not None
+    fixed = still.encode(images, oscillators=True).oscillators
+    assert fixed is not None
+    torch.testing.assert_close(fixed, still.encode(changed, oscillators=True).oscillators)  # T = 0: the start alone
+    with pytest.raises(ValueError, match="needs a model with oscillators"):
+        apply_control(load("resnet10t", control="random", device="cpu"), "no_steps")
+
+
+def test_a_weights_file_loads_by_name_by_order_or_not_at_all(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "named.pth")
+    torch.save({f"x.{i}": value for i, value in enumerate(model.state_dict().values())}, tmp_path / "ordered.pth")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "other.pth")
+    images = torch.rand(1, 3, 64, 64)
+    first = load(str(tmp_path / "named.pth"), arch="resnet10t", device="cpu").encode(images).map
+    torch.testing.assert_close(
+        first, load(str(tmp_path / "ordered.pth"), arch="resnet10t", device="cpu").encode(images).map
+    )
+    with pytest.raises(UserError, match="does not fit the model"):
+        load(str(tmp_path / "other.pth"), arch="resnet10t", device="cpu")
+    with pytest.raises(UserError, match="--arch NAME"):
+        load(str(tmp_path / "other.pth"), device="cpu")
+
+
+def test_layers_are_checked() -> None:
+    with pytest.raises(UserError, match="has no oscillators"):
+        load("resnet10t", control="random", layer="oscillators", device="cpu")
+    with pytest.raises(UserError, match="level from 0 to"):
+        load("resnet10t", control="random", layer="17", device="cpu")
+    level = load("resnet10t", control="random", layer="2", device="cpu")
+    assert level.encode(torch.rand(1, 3, 64, 64)).map.shape[2:] == (64 // level.patch, 64 // level.patch)
+
+
+@pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="the published values are not at hand")
+def test_a_published_file_gives_the_published_map(tmp_path: Path) -> None:
+    import json
+
+    from pretrain.models.oscillators import state_of
+
+    with safe_open(SHARED / "golden" / "akorn_attn_gta.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        state = {
+            key.removeprefix("state."): file.get_tensor(key) for key in sorted(file.keys()) if key.startswith("state.")
+        }
+        images, start, readout = (file.get_tensor(key) for key in ("images", "initial_oscillators", "readout"))
+    torch.save(state, tmp_path / "model.pth")
+    arguments = {key: config[key] for key in ("T", "heads", "imsize") if key in config}
+    encoder = load(str(tmp_path / "model.pth"), args=arguments, device="cpu")
+    n = encoder.model.n
+    planes = encoder.model.forward_features((images - 0.5) / 0.5, start=state_of(start, n))
+    published = readout.unflatten(1, (-1, n)).transpose(1, 2).flatten(1, 2)  # (K, n) to (n, K)
+    torch.testing.assert_close(planes, published, rtol=1e-4, atol=1e-5)
