@@ -1,0 +1,117 @@
+"""The benchmark: counts of FLOPs and bytes against closed forms, equal losses of ours and plain, the command itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from pretrain import bench, timing, workloads
+from pretrain.tasks.nt_xent import nt_xent
+from tests.plain.loss import nt_xent as full_nt_xent
+from tests.plain.models import AKOrN as Plain
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_akorn_equal_the_closed_form() -> None:
+    import timm
+
+    import pretrain  # noqa: F401  (registers the models)
+
+    model = timm.create_model("akorn_nano_patch4_32", num_classes=0)
+    L, T, N, C, n, patch = 1, 8, 64, 128, 4, 4
+    expected = L * T * (N * 8 * C**2 + 4 * N**2 * C) + L * N * 2 * n * C**2 + N * 2 * 3 * patch**2 * C
+    assert timing.flops_per_view(model, torch.randn(1, 3, 32, 32), torch.randn(1, N, C)) == expected
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    def step(clock: timing.Clock) -> float:
+        first = torch.ones(1 << 18)  # 1 MiB
+        del first
+        second = torch.ones(1 << 19)  # 2 MiB
+        return float(second[0])
+
+    assert 2 << 20 <= timing.peak_bytes(step, CPU) < 2.1 * 2**20
+
+
+def test_rounds_are_interleaved_and_the_warm_up_is_left_out() -> None:
+    order: list[str] = []
+
+    def named(name: str) -> timing.Step:
+        def step(clock: timing.Clock) -> float:
+            order.append(name)
+            clock.seconds["forward"] += 1.0 if len(order) > 2 else 100.0
+            return 0.0
+
+        return step
+
+    measured = timing.interleaved({"a": named("a"), "b": named("b")}, CPU, rounds=2)
+    assert order == ["a", "b"] * 3
+    assert measured["a"].step_s == 1.0
+
+
+def test_time_in_collectives_counts_once() -> None:
+    clock = timing.Clock(CPU, dict.fromkeys(timing.PARTS, 0.0))
+    with clock.part("loss"), clock.part("communication"):
+        sum(range(100_000))
+    assert clock.seconds["loss"] < clock.seconds["communication"]
+
+
+def losses_of(model: nn.Module, embed: object, loss: object, steps: int) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    losses = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        images, start = torch.rand(16, 3, 16, 16, generator=generator), torch.randn(16, 8, 4, 4, 4, generator=generator)
+        value = loss(embed(images, start))  # type: ignore[operator]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def test_twenty_steps_have_the_losses_of_the_published_way_of_working() -> None:
+    from pretrain.models.reference import convert
+
+    torch.manual_seed(0)
+    arguments = {"n": 4, "ch": 32, "L": 1, "T": 4, "psize": 4, "imsize": 16, "J": "attn", "gta": True, "heads": 2}
+    plain = Plain(**arguments)
+    ours = convert(plain.state_dict(), arguments)
+    for layer in workloads.kernels.layers_of(ours.model):
+        layer.kernel = "native"
+    together = nn.ModuleList([ours.model.train(), ours.projector])
+    expected = losses_of(
+        plain,
+        lambda images, start: plain(images, start)["output"],
+        lambda z: full_nt_xent(*z.unflatten(0, (-1, 2)).unbind(1), 0.1),
+        20,
+    )
+    found = losses_of(
+        together,
+        lambda images, start: ours.projector(ours.model((images - 0.5) / 0.5, start)),
+        lambda z: nt_xent(z.unflatten(0, (-1, 2)))[0],
+        20,
+    )
+    assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_command_prints_one_line_of_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    arguments = ["quickstart.yaml", "batch_size=4", "model.args.num_steps=1", "--rounds", "1", "--against", "plain"]
+    assert bench.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ours"]["views_per_s"] > 0
+    assert 0 < result["share_of_peak"] < 1
+    assert result["times_faster"] > 0
+
+
+def test_a_config_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="bench measures pretraining"):
+        bench.main(["object_discovery.yaml", "ckpt=x", "data=y"])
