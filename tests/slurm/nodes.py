@@ -5,11 +5,12 @@ Owns: where it lies, starting and stopping it, and finding the processes of a jo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
@@ -110,6 +111,16 @@ def kill_rank(job_id: str, rank: int) -> None:
     """kill -9 of one rank."""
     (pid,) = (pid for pid, number in ranks(job_id) if number == rank)
     os.kill(pid, signal.SIGKILL)
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> list[int]:
+    """Send a signal to those of the processes that are there, and return them."""
+    there = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            there.append(pid)
+    return there
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:

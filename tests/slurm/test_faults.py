@@ -5,6 +5,8 @@ After each, its metrics have every step exactly once, and its weights are those 
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,12 +92,21 @@ def test_crashed_node(desk: Desk, undisturbed: Path, position: int) -> None:
     check(desk, name, undisturbed)
 
 
-@pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
-def test_killed_slurmd_with_its_tasks_alive(desk: Desk, undisturbed: Path, position: int) -> None:
-    """Two lives at once: the old one is fenced off by the young one."""
-    name = f"slurmd{position}"
-    nodes.fault("kill-slurmd", nodes.nodes_of(begin(desk, name))[position])
-    check(desk, name, undisturbed, lives=1)
+@pytest.mark.parametrize(("num_nodes", "position"), [(1, 0), (2, 0), (2, 1)])
+def test_killed_slurmd_with_its_tasks_alive(desk: Desk, undisturbed: Path, num_nodes: int, position: int) -> None:
+    """Two lives at once: the old one, held up until the young one owns the run, wakes, is fenced off, and ends."""
+    name = f"slurmd{num_nodes}{position}"
+    job = begin(desk, name, f"cluster.nodes={num_nodes}", f"cluster.processes={4 // num_nodes}")
+    old = [pid for pid, _ in nodes.ranks(job)]
+    assert len(old) == 4
+    nodes.send(old, signal.SIGSTOP)
+    nodes.fault("kill-slurmd", nodes.nodes_of(job)[position])
+    owner = desk.home(name) / "owner.json"
+    nodes.wait_for("a new owner", lambda: json.loads(owner.read_text())["generation"] == 1, PATIENCE_S)
+    survivors = nodes.send(old, signal.SIGCONT)
+    assert survivors  # the tasks of the dead slurmd
+    check(desk, name, undisturbed)
+    nodes.wait_for("the end of the old life", lambda: not nodes.send(survivors, signal.SIGCONT), 120)
 
 
 @pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
