@@ -79,34 +79,14 @@ class AKOrN(PatchBackbone, Starts):
     blocks: Blocks
 
     def __init__(
-        self,
-        img_size: Size = 256,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "max",
-        embed_dim: int = 384,
-        depth: int = 2,
-        num_heads: int = 8,
-        n: int = 4,
-        num_steps: int | Sequence[int] = 8,
-        gamma: float = 0.5,
-        learn_gamma: bool = False,
-        coupling: str | Sequence[str] = "attn",
-        kernel_size: int | Sequence[int] = 3,
-        positions: str = "gta",
-        c_norm: str = "gn",
-        omega: str = "none",
-        omega_init: float = 1.0,
-        learn_omega: bool = True,
-        projection: bool = True,
-        norm: str = "sphere",
-        carry: str = "identity",
-        self_drift: bool = False,
-        drop_rate: float = 0.0,
-        rescale_input: bool = False,
-        start_seed: int = 0,
-    ) -> None:
+        self, img_size: Size = 256, patch_size: int = 16, in_chans: int = 3, num_classes: int = 1000,
+        global_pool: str = "max", embed_dim: int = 384, depth: int = 2, num_heads: int = 8, n: int = 4,
+        num_steps: int | Sequence[int] = 8, gamma: float = 0.5, learn_gamma: bool = False,
+        coupling: str | Sequence[str] = "attn", kernel_size: int | Sequence[int] = 3, positions: str = "gta",
+        c_norm: str = "gn", omega: str = "none", omega_init: float = 1.0, learn_omega: bool = True,
+        projection: bool = True, norm: str = "sphere", carry: str = "identity", self_drift: bool = False,
+        drop_rate: float = 0.0, rescale_input: bool = False, start_seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
             rescale_input=rescale_input, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate,
@@ -120,24 +100,28 @@ class AKOrN(PatchBackbone, Starts):
                 raise ValueError(f"{name} {value!r} is unknown: one of {', '.join(known)}")
         self.gamma = nn.Parameter(torch.empty(1)) if learn_gamma else None
         self.gamma_init = gamma
-        num_tokens = self.grid[0] * self.grid[1]
-        self.pos_c = nn.Parameter(torch.empty(num_tokens, embed_dim)) if positions == "abs" else None
-        self.pos_x = nn.Parameter(torch.empty(num_tokens, embed_dim)) if positions == "abs" else None
+        tokens = self.grid[0] * self.grid[1], embed_dim
+        self.pos_c = nn.Parameter(torch.empty(tokens)) if positions == "abs" else None
+        self.pos_x = nn.Parameter(torch.empty(tokens)) if positions == "abs" else None
+        grid = self.grid if positions == "gta" else None
 
-        def make_block(i: int, kind: str, size: int, steps: int) -> KuramotoBlock:
-            grid = self.grid if positions == "gta" else None
+        def make_block(i: int, kind: str, kernel: int, steps: int) -> KuramotoBlock:
+            frequencies = None
+            if omega != "none":
+                frequencies = Omega(embed_dim, n, shared=omega == "global", init=omega_init, learned=learn_omega)
             layer = KuramotoLayer(
-                embed_dim, n, make_coupling(kind, embed_dim, num_heads=num_heads, grid=grid, kernel_size=size),
-                num_steps=steps, gamma=gamma, c_norm=c_norm, projection=projection, norm=norm, self_drift=self_drift,
-                omega=None if omega == "none" else Omega(
-                    embed_dim, n, shared=omega == "global", init=omega_init, learned=learn_omega),
+                embed_dim, n, make_coupling(kind, embed_dim, num_heads=num_heads, grid=grid, kernel_size=kernel),
+                num_steps=steps, gamma=gamma, c_norm=c_norm, omega=frequencies, projection=projection, norm=norm,
+                self_drift=self_drift,
             )  # fmt: skip
             linear = carry == "linear" and i < depth - 1
-            return KuramotoBlock(layer, Readout(embed_dim, n), Carry(embed_dim, embed_dim) if linear else nn.Identity())
+            return KuramotoBlock(
+                layer, Readout(embed_dim, n), Carry(embed_dim, embed_dim) if linear else nn.Identity()
+            )  # fmt: skip
 
-        kinds, sizes = per_block(coupling, depth, "coupling"), per_block(kernel_size, depth, "kernel_size")
-        steps = per_block(num_steps, depth, "num_steps")
-        self.blocks = Blocks(map(make_block, range(depth), kinds, sizes, steps))
+        each = (per_block(coupling, depth, "coupling"), per_block(kernel_size, depth, "kernel_size"),
+                per_block(num_steps, depth, "num_steps"))  # fmt: skip
+        self.blocks = Blocks(map(make_block, range(depth), *each))
         self.norm = nn.Identity()
         self._init_start(n, start_seed)
         self._finish_patches()
