@@ -208,6 +208,18 @@ def test_images_of_different_sizes_are_kept_in_memory_but_not_on_the_device(tmp_
         make_loader(shards, keep="device")
 
 
+@pytest.mark.parametrize("keep", ["disk", "memory", "device"])
+def test_a_sample_without_an_image_is_replaced(tmp_path: Path, keep: str) -> None:
+    (tmp_path / "set").mkdir()
+    with ShardWriter(tmp_path / "set" / "set-000.tar") as writer:
+        for number in range(24):
+            writer.write(f"{number:06d}", {"cls": b"1"} if number == 5 else {"png": png(number), "cls": b"1"})
+    loader = make_loader(tmp_path / "set", keep=keep, max_broken=0.1)
+    samples = [sample for step in range(2) for sample in loader[step].samples.tolist()]
+    assert set(range(24)) - set(samples) == {5}
+    assert [entry.reason for entry in loader.ledger.broken.values()] == ["no image among its parts"]
+
+
 def test_large_views_are_the_same_from_memory(shards: Path) -> None:
     """Above crop.NATIVE_UP_TO, where torch resizes."""
     transform = SimclrTransform(Views(size=70), SEED)
@@ -290,6 +302,18 @@ def test_a_shard_that_goes_missing_or_is_cut_is_named(tmp_path: Path) -> None:
         "set-003.tar": "the shard is shorter than when it was indexed",
     }
     assert {entry["sample"] for entry in entries} <= {*range(9), *range(14, 27)}
+
+
+def test_a_shard_cut_between_two_lives_of_a_run(tmp_path: Path) -> None:
+    """Refused where it holds more than data.max_broken allows; else said, and its samples are replaced."""
+    shards = write_set(tmp_path / "set")
+    make_loader(shards)
+    os.truncate(shards / "set-003.tar", 600)
+    with pytest.raises(UserError, match=r"set-003\.tar has 600 bytes.*changed since it was indexed"):
+        make_loader(shards, max_broken=0.3)
+    with pytest.warns(UserWarning, match=r"1 shards changed since they were indexed \(set-003\.tar\)"):
+        loader = make_loader(shards, max_broken=0.4)
+    assert loader.index.shard_of(loader[0].samples.numpy()).tolist().count(3) == 0
 
 
 def test_a_ledger_lists_a_sample_once_over_restarts(damaged: Path, tmp_path: Path) -> None:

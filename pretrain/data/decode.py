@@ -58,7 +58,7 @@ class Source:
         for name in IMAGE_PARTS:
             if name in parts:
                 return cls.read(parts[name], max_pixels=max_pixels)
-        raise BrokenImageError(f"no image among its parts ({', '.join(sorted(parts)) or 'none'})")
+        raise BrokenImageError("no image among its parts")
 
     @classmethod
     def read(cls, content: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Source:

@@ -70,6 +70,7 @@ class ShardIndex:
         key_pattern: str = DEFAULT_KEY,
         cache_dir: str | Path | None = None,
         workers: int | None = None,
+        check: bool = True,
     ) -> ShardIndex:
         """The index of a shard set, built in one pass over the tars where there is none.
 
@@ -80,6 +81,7 @@ class ShardIndex:
             key_pattern: regular expression with groups `key` and `part`, for tars with another layout of names.
             cache_dir: where indices go whose folder cannot be written; default `~/.cache/akorn`.
             workers: processes that build; default by cores.
+            check: refuse a set with local shards of another size than indexed.
 
         Raises:
             UserError: no shards there; shards missing, added or of another size since they were indexed.
@@ -89,7 +91,8 @@ class ShardIndex:
         where = Location.find(location)
         path = ensure(where, key_pattern=key_pattern, cache_dir=cache_dir, workers=workers)
         index = cls(path, where, parts=parts)
-        index.check_sizes()
+        if check:
+            index.check_sizes()
         return index
 
     def __len__(self) -> int:

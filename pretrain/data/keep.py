@@ -76,7 +76,7 @@ class Kept:
         return parts
 
     def images(self) -> np.ndarray:
-        """All images, uint8 [N, H, W, 3]; broken ones are whatever stands there.
+        """All images, uint8 [N, H, W, 3]; broken ones are black.
 
         Raises:
             UserError: they differ in size.
@@ -145,6 +145,9 @@ class KeptViews:
 
     def __init__(self, kept: Kept, transform: SimclrTransform, device: torch.device | None) -> None:
         self.kept, self.transform = kept, transform
+        for sample in np.flatnonzero(kept.image_row < 0).tolist():
+            reason = "no image among its parts"
+            kept.broken.setdefault(sample, DamagedSample(*place_of(kept.index, sample), reason))
         self.images: Tensor | None = None
         if device is not None:
             self.images = torch.from_numpy(kept.images()).permute(0, 3, 1, 2).contiguous().to(device)

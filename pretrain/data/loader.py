@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -78,7 +79,10 @@ class Loader:
         self.device = torch.device(device)
         self.wait_s = 0.0
         shards = data.shards if isinstance(data.shards, str) else list(data.shards)
-        self.index = ShardIndex.open(shards, parts=data.parts or None, cache_dir=loading.cache_dir)
+        self.index = ShardIndex.open(shards, parts=data.parts or None, cache_dir=loading.cache_dir, check=False)
+        _check_sizes(self.index, data.max_broken)
+        for message in self.index.warnings() if rank == 0 else ():
+            warnings.warn(message, stacklevel=2)
         self.order = Order(
             self.index.shard_sizes, seed=seed, window=data.window, lanes=data.lanes, batch_size=batch_size
         )
@@ -142,11 +146,10 @@ class Loader:
         if self._pool is None:
             return "data is the bottleneck: give the loader processes of its own (loading.workers)"
         read, transform = self._pool.stage_s.sum(0)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if read > transform:
             remedy = "reading is slow: copy the shards to a local disk, or stage them (loading.cache_dir)"
-        elif self.num_workers < cores - 1:
-            remedy = f"raise loading.workers (now {self.num_workers}; this process may use {cores} cores)"
+        elif self.num_workers < _cores() - 1:
+            remedy = f"raise loading.workers (now {self.num_workers}; this process may use {_cores()} cores)"
         else:
             remedy = "store the images smaller (make_shards.py --resize 320), or keep a small set decoded (data.keep)"
         return f"data is the bottleneck, {transform / max(read + transform, 1e-9):.0%} of it decoding: {remedy}"
@@ -250,14 +253,34 @@ class Loader:
         )
 
 
+def _check_sizes(index: ShardIndex, max_broken: float) -> None:
+    """Refuse a set that changed since it was indexed; where little of it did, a run that is started again goes on."""
+    changed = [shard for shard, size in index.location.local_sizes() if size != index.shard_bytes[shard]]
+    if not changed:
+        return
+    if index.shard_sizes[changed].sum() > max_broken * len(index):
+        index.check_sizes()
+    names = ", ".join(index.shard_name(shard) for shard in changed[:5]) + (", ..." if len(changed) > 5 else "")
+    warnings.warn(
+        f"{len(changed)} shards changed since they were indexed ({names}); what cannot be read of them is replaced "
+        "(data.max_broken allows it)",
+        stacklevel=3,
+    )
+
+
 def _num_workers(loading: Loading, device: torch.device) -> int:
     """Processes per rank: as asked for; else, beside a GPU, this process's cores but one, and none on CPU."""
     if loading.workers is not None:
         return loading.workers
     if device.type == "cpu":
         return 0
+    return min(MOST_WORKERS, max(1, _cores() - 1))
+
+
+def _cores() -> int:
+    """Cores of this process: its share of the node's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _reader(index: ShardIndex, loading: Loading) -> ShardReader:

@@ -148,12 +148,6 @@ class Pool:
                 raise self._died(worker) from error
         self._turn += workers
 
-    def ready(self, number: int) -> bool:
-        """Whether `wait` would return at once. Takes in what the workers have said."""
-        while self._waiting[number] and self._listen(0.0):
-            pass
-        return not self._waiting[number]
-
     def wait(self, number: int) -> list[Skipped]:
         """Block until a slot is filled; the broken samples met on the way.
 
