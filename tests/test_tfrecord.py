@@ -48,7 +48,8 @@ def encoded_example(features: dict[str, np.ndarray | list[bytes] | list[int]]) -
 
 def framed(data: bytes) -> bytes:
     head = len(data).to_bytes(8, "little")
-    return head + reference_crc32c(head).to_bytes(4, "little") + data + reference_crc32c(data).to_bytes(4, "little")
+    checksum = reference_crc32c(data) if len(data) < 10_000 else 0  # slow, and not what tells garbage
+    return head + reference_crc32c(head).to_bytes(4, "little") + data + checksum.to_bytes(4, "little")
 
 
 def test_checksums_are_those_of_tensorboard() -> None:

@@ -1,4 +1,4 @@
-"""CLEVR-like scenes, rendered by pybullet on the CPU with shadows and exact instance masks. An optional extra.
+"""CLEVR-like scenes, rendered by pybullet on the CPU with shadows on the floor and exact masks. An optional extra.
 
 After Johnson et al., "CLEVR", arXiv 1612.06890: cubes, spheres and cylinders of two sizes in eight colours, shiny or
 dull, on a grey floor, seen by a camera that is moved a little for each scene; every object shows at least `VISIBLE`
@@ -8,6 +8,7 @@ pixels. 3 to 6 objects (`clevr-scenes`) or 3 to 10 (`clevr-scenes-10`), 128 px.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ GAP = 0.25  # between objects
 VISIBLE = 30  # pixels
 ATTEMPTS = 50
 PER_OBJECT = 24
+TARGET = (0.0, 0.0, 0.2)  # what the camera looks at
+FIELD = 38.0  # degrees, of the view
+SHADE = 0.6  # brightness in a shadow
 COLOURS = np.array(
     [
         [87, 87, 87],
@@ -112,14 +116,16 @@ def arrange(draws: np.ndarray, count: int) -> list[Item] | None:
 
 @contextmanager
 def _renderer() -> Iterator[Any]:
-    """pybullet, connected; it greets on standard output when loaded, which nobody needs."""
-    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
+    """pybullet, connected; the greeting that it prints when loaded is kept from the screen."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept, sink = (os.dup(1), os.dup(2)), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1), os.dup2(sink, 2)
     try:
         import pybullet
     finally:
-        os.dup2(kept, 1)
-        os.close(kept), os.close(sink)
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        for descriptor in (*kept, sink):
+            os.close(descriptor)
     client = pybullet.connect(pybullet.DIRECT)
     try:
         yield pybullet
@@ -133,21 +139,57 @@ def _render(bullet: Any, items: Sequence[Item], camera: np.ndarray) -> tuple[np.
     floor = bullet.createVisualShape(bullet.GEOM_BOX, halfExtents=[30, 30, 0.01], rgbaColor=[0.5, 0.5, 0.5, 1])
     bodies = [bullet.createMultiBody(0, -1, floor, [0, 0, -0.01])]
     bodies += [_body(bullet, item) for item in items]
-    jitter = 0.5 * (camera - 0.5)
-    eye = [7.4 + jitter[0], -6.6 + jitter[1], 5.4 + jitter[2]]
-    view = bullet.computeViewMatrix(eye, [0, 0, 0.2], [0, 0, 1])
+    eye = np.array([7.4, -6.6, 5.4]) + 0.5 * (camera[:3] - 0.5)
+    light = np.array([4 + 4 * camera[3], -4 + 4 * camera[4], 8])
     _, _, rgba, _, seen = bullet.getCameraImage(
-        SIZE, SIZE, view, bullet.computeProjectionMatrixFOV(38, 1.0, 0.1, 60),
-        lightDirection=[4 + 4 * camera[3], -4 + 4 * camera[4], 8], lightColor=[1, 1, 1],
-        lightAmbientCoeff=0.45, lightDiffuseCoeff=0.6, lightSpecularCoeff=0.4, shadow=1,
+        SIZE, SIZE, bullet.computeViewMatrix(eye.tolist(), list(TARGET), [0, 0, 1]),
+        bullet.computeProjectionMatrixFOV(FIELD, 1.0, 0.1, 60),
+        lightDirection=light.tolist(), lightColor=[1, 1, 1], shadow=0,
+        lightAmbientCoeff=0.45, lightDiffuseCoeff=0.6, lightSpecularCoeff=0.4,
         renderer=bullet.ER_TINY_RENDERER,
     )  # fmt: skip
-    image = np.asarray(rgba, np.uint8).reshape(SIZE, SIZE, 4)[..., :3]
+    image = np.array(rgba, np.uint8).reshape(SIZE, SIZE, 4)[..., :3]
     seen = np.asarray(seen).reshape(SIZE, SIZE)
     labels = np.zeros((SIZE, SIZE), np.uint8)
     for label, body in enumerate(bodies[1:], 1):
         labels[seen == body] = label
-    return np.ascontiguousarray(image), labels
+    dark = shadows(items, eye, light) & (labels == 0)
+    image[dark] = (image[dark] * SHADE).astype(np.uint8)
+    return image, labels
+
+
+def shadows(items: Sequence[Item], eye: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Whether the floor that each pixel would show lies in the shadow of an object: bool [128, 128].
+
+    The renderer's own shadow map does not reach over the floor; here each floor point looks towards the light.
+    """
+    forward = (np.array(TARGET) - eye) / np.linalg.norm(np.array(TARGET) - eye)
+    right = np.cross(forward, [0, 0, 1])
+    right /= np.linalg.norm(right)
+    at = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    spread = np.tan(np.radians(FIELD) / 2) * at
+    rays = forward + spread[None, :, None] * right - spread[:, None, None] * np.cross(right, forward)  # [H, W, 3]
+    reach = np.where(rays[..., 2] < -1e-6, -eye[2] / np.minimum(rays[..., 2], -1e-6), np.inf)
+    with np.errstate(invalid="ignore"):
+        floor = (eye + reach[..., None] * rays)[..., :2]  # [H, W, 2], where z = 0
+    dark = np.zeros((SIZE, SIZE), bool)
+    for item in items:
+        near = np.hypot(floor[..., 0] - item.x, floor[..., 1] - item.y) < 5 * item.radius
+        for height in np.linspace(0, 2 * item.radius, 32)[1:]:
+            dark[near] |= _holds(item, floor[near] + light[:2] / light[2] * height, height)
+    return dark
+
+
+def _holds(item: Item, points: np.ndarray, height: float) -> np.ndarray:
+    """Whether points [n, 2] at a height above the floor lie inside an object."""
+    dx, dy = points[:, 0] - item.x, points[:, 1] - item.y
+    if item.kind == 0:
+        side = item.radius / np.sqrt(2)
+        u = np.cos(item.turn) * dx + np.sin(item.turn) * dy
+        v = np.cos(item.turn) * dy - np.sin(item.turn) * dx
+        return (np.abs(u) <= side) & (np.abs(v) <= side) & (height <= 2 * side)
+    inside = item.radius**2 - ((height - item.radius) ** 2 if item.kind == 1 else 0.0)
+    return dx**2 + dy**2 <= inside
 
 
 def _body(bullet: Any, item: Item) -> int:

@@ -12,6 +12,7 @@ import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload
@@ -192,7 +193,15 @@ class ZipTree:
             raise OSError(f"{entry.file_size} bytes are more than one picture has")
         try:
             return self._zip.read(entry)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+        ) as error:
             raise OSError(str(error)) from error
 
 
