@@ -1,6 +1,7 @@
 """Object discovery of one backbone on one data set: segments and scores of each image for each random start.
 
-Owns: the protocol as one value, and the loop over starts, shifts and numbers of segments.
+Owns: the protocol as one value (and how a configuration becomes one), and the loop over starts, shifts and numbers of
+segments.
 
 B images, D channels, h x w tokens, S starts.
 """
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.errors import UserError
-from configs.presets import Preset
+from configs import ObjectDiscoveryConfig, UserError
+from configs.presets import PRESETS, Preset
 from downstream import kmeans, metrics
 from downstream.encoder import Encoder
-from downstream.grouping import Grouping, enlarge, group_sweep
+from downstream.grouping import Grouping, Method, enlarge, group_sweep
 from downstream.samples import Samples, Scene
 from downstream.tiling import interleave, shifted_crops
 
@@ -58,6 +59,37 @@ class Protocol:
     def starts_of(self, encoder: Encoder) -> int:
         """Starts that make a difference: one for a model without oscillators."""
         return self.starts if encoder.has_oscillators else 1
+
+
+def preset_of(config: ObjectDiscoveryConfig) -> Preset:
+    """The preset, with what the configuration changes.
+
+    Raises:
+        UserError: neither a preset nor size and k are given.
+    """
+    base = PRESETS[config.preset] if config.preset is not None else None
+    if base is None:
+        if config.size is None or config.k is None:
+            raise UserError(f"give --preset ({', '.join(PRESETS)}), or --size and --k")
+        return Preset(config.size, config.k)
+    return dataclasses.replace(base, size=config.size or base.size, clusters=config.k or base.clusters)
+
+
+def protocol_of(config: ObjectDiscoveryConfig, preset: Preset) -> Protocol:
+    """The protocol that a configuration describes."""
+    method: Method = "kmeans" if config.method == "codebook" else config.method
+    grouping = Grouping(
+        method=method, clusters=preset.clusters, distance=config.distance, components=config.components,
+        seed=config.seed,
+    )  # fmt: skip
+    if config.distance is not None and config.method != "linkage":
+        raise UserError(f"distance={config.distance} cuts a dendrogram: it needs method=linkage, not {config.method}")
+    if config.sweep and config.method == "codebook":
+        raise UserError("sweep is not available with method=codebook: run it once for each k")
+    return Protocol(
+        preset=preset, grouping=grouping, sweep=config.sweep, uptile=config.uptile, starts=config.starts,
+        choose=config.choose, batch_size=config.batch_size,
+    )  # fmt: skip
 
 
 def features(encoder: Encoder, images: Tensor, *, uptile: int, start: int) -> Tensor:

@@ -23,16 +23,14 @@ from typing import TYPE_CHECKING, Any
 from configs import ObjectDiscoveryConfig, UserError
 from configs.errors import run as run_entry
 from configs.flags import parse
-from configs.presets import PRESETS, Preset
+from downstream import score_table
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from downstream.discovery import Protocol
     from downstream.encoder import Control, Encoder
 
 TASK = "object_discovery"
-SHOWN = ("fg_ari", "mbo_i", "mbo_c", "miou", "ari")  # columns of the table
 Scores = dict[str, "np.ndarray"]  # name -> [S, N]
 
 
@@ -48,6 +46,8 @@ def run(config: ObjectDiscoveryConfig, *, out_dir: Path | None = None) -> dict[s
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
     _use_cores(config)
     if config.image is not None:
+        from downstream.photo import segment_picture
+
         return segment_picture(config, out)
     return _Evaluation(config, out).run()
 
@@ -56,6 +56,7 @@ class _Evaluation:
     """One evaluation: its data, its protocol, and the models and baselines under it."""
 
     def __init__(self, config: ObjectDiscoveryConfig, out: Path) -> None:
+        from downstream.discovery import preset_of, protocol_of
         from downstream.samples import INSTANCES, Samples
 
         self.config, self.out, self.began = config, out, time.monotonic()
@@ -67,8 +68,10 @@ class _Evaluation:
         self.parts = out / ".parts"
 
     def run(self) -> dict[str, Any]:
-        models = [self._model(encoder) for encoder in self._encoders()]
-        baselines = [self._baseline(name) for name in self.config.baselines]
+        encoders = self._encoders()
+        models = [self._model(encoder) for encoder in encoders]
+        grid = self._grid(encoders[0])
+        baselines = [self._baseline(name, grid) for name in self.config.baselines]
         from downstream import results
 
         if results.ranks()[0] != 0:
@@ -96,7 +99,7 @@ class _Evaluation:
         pictures = self._pictures(models[0][0], summarise(models[0][1]["fg_ari"])["images"])
         results.write(self.out, TASK, self.config, protocol, pictures=pictures, **document)
         shutil.rmtree(self.parts, ignore_errors=True)
-        print_table(document, protocol, self.out)
+        score_table.show(document, protocol, self.out)
         return {"protocol": protocol, "pictures": pictures, **document}
 
     def _encoders(self) -> list[Encoder]:
@@ -104,8 +107,6 @@ class _Evaluation:
         first = self.config.ckpt
         assert first is not None
         plain = [self._load(ckpt) for ckpt in (first, *self.config.also)]
-        if "random" in self.config.controls and not plain[0].has_oscillators and _is_random(plain[0]):
-            return plain
         return plain + [self._load(first, control) for control in self.config.controls if _applies(control, plain[0])]
 
     def _load(self, ckpt: str, control: Control | None = None) -> Encoder:
@@ -137,11 +138,10 @@ class _Evaluation:
             scores = discovery.choose_start(scores)
         return encoder, scores
 
-    def _baseline(self, name: str) -> tuple[str, Scores]:
+    def _baseline(self, name: str, grid: tuple[int, int]) -> tuple[str, Scores]:
         from downstream import baselines, discovery, metrics, results
 
         blocks = self.samples.blocks(self.protocol.batch_size)
-        grid = self._grid()
 
         def work(block: int) -> dict[str, Any]:
             scene = self.samples.scenes(blocks[block], self.preset)
@@ -155,10 +155,8 @@ class _Evaluation:
         key = results.key_of(name, self.samples.fingerprint, self.protocol.described(), grid)
         return name, discovery.gather(results.shared_blocks(self.parts / key, len(blocks), work))
 
-    def _grid(self) -> tuple[int, int]:
-        """Tokens of the first model, up-tiling included."""
-        assert self.config.ckpt is not None
-        encoder = self._load(self.config.ckpt)
+    def _grid(self, encoder: Encoder) -> tuple[int, int]:
+        """Tokens of a model, up-tiling included."""
         side = encoder.side or self.preset.size
         tokens = max(1, side // encoder.patch) * self.protocol.uptile
         return tokens, tokens
@@ -212,86 +210,6 @@ class _Evaluation:
         return pictures.sheet(path, scene.images, columns, truth=scene.instances, notes=notes)
 
 
-def preset_of(config: ObjectDiscoveryConfig) -> Preset:
-    """The preset, with what the configuration changes.
-
-    Raises:
-        UserError: neither a preset nor size and k are given.
-    """
-    base = PRESETS[config.preset] if config.preset is not None else None
-    if base is None:
-        if config.size is None or config.k is None:
-            raise UserError(f"give --preset ({', '.join(PRESETS)}), or --size and --k")
-        return Preset(config.size, config.k)
-    return dataclasses.replace(base, size=config.size or base.size, clusters=config.k or base.clusters)
-
-
-def protocol_of(config: ObjectDiscoveryConfig, preset: Preset) -> Protocol:
-    """The protocol that a configuration describes."""
-    from downstream.discovery import Protocol
-    from downstream.grouping import Grouping
-
-    method = "kmeans" if config.method == "codebook" else config.method
-    grouping = Grouping(
-        method=method, clusters=preset.clusters, distance=config.distance, components=config.components,
-        seed=config.seed,
-    )  # fmt: skip
-    if config.distance is not None and config.method != "linkage":
-        raise UserError(f"distance={config.distance} cuts a dendrogram: it needs method=linkage, not {config.method}")
-    if config.sweep and config.method == "codebook":
-        raise UserError("sweep is not available with method=codebook: run it once for each k")
-    return Protocol(
-        preset=preset, grouping=grouping, sweep=config.sweep, uptile=config.uptile, starts=config.starts,
-        choose=config.choose, batch_size=config.batch_size,
-    )  # fmt: skip
-
-
-def segment_picture(config: ObjectDiscoveryConfig, out: Path) -> dict[str, Any]:
-    """Segment one picture of the user's; writes NAME_segments.png beside the other results."""
-    import torch
-
-    from downstream import discovery, pictures
-    from downstream.backbone import load
-    from downstream.grouping import enlarge
-    from downstream.samples import centre_crop, to_float
-    from pretrain.data.decode import BrokenImageError, decode_image
-
-    assert config.ckpt is not None
-    assert config.image is not None
-    try:
-        photo = to_float(decode_image(Path(config.image).read_bytes()))
-    except (OSError, BrokenImageError) as error:
-        raise UserError(f"{config.image} cannot be read as a picture: {error}") from error
-    preset = preset_of(config) if config.preset else Preset(config.size or 256, config.k or 4)
-    size = config.size or config.input_size or preset.size
-    encoder = load(
-        config.ckpt, arch=config.arch, args=config.args, img_size=size, steps=config.steps, layer=config.layer,
-        device=config.device, precision=config.precision, seed=config.seed,
-    )  # fmt: skip
-    image = centre_crop(photo, resize=size, size=size)
-    protocol = protocol_of(config, preset)
-    cut = discovery.segments(encoder, image[None], protocol)[0]
-    labels = enlarge(cut, (size, size))[0]
-    path = out / f"{Path(config.image).stem}_segments.png"
-    _write_pair(path, image, torch.from_numpy(pictures.overlay(image, labels)))
-    counts = torch.bincount(labels.flatten()).tolist()
-    print(
-        f"{len(counts)} segments, of {min(counts) / labels.numel():.0%} to {max(counts) / labels.numel():.0%}: {path}"
-    )
-    return {"picture": str(path), "segments": len(counts)}
-
-
-def _write_pair(path: Path, image: Any, tinted: Any) -> None:
-    import numpy as np
-    from PIL import Image
-
-    photo = (image * 255).byte().permute(1, 2, 0).numpy()
-    pair = Image.fromarray(np.concatenate([photo, tinted.numpy()], axis=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scale = max(1, 512 // photo.shape[0])
-    pair.resize((pair.width * scale, pair.height * scale), Image.Resampling.NEAREST).save(path)
-
-
 def _described(encoder: Encoder, scores: Scores) -> dict[str, Any]:
     from downstream.discovery import summarise
 
@@ -309,10 +227,6 @@ def _baseline_entry(name: str, scores: Scores) -> dict[str, Any]:
     return {"name": TITLES[name], "scores": {score: summarise(values) for score, values in scores.items()}}
 
 
-def _is_random(encoder: Encoder) -> bool:
-    return encoder.name.endswith("(random)")
-
-
 def _applies(control: str, encoder: Encoder) -> bool:
     return control == "random" or encoder.has_oscillators
 
@@ -322,45 +236,6 @@ def _use_cores(config: ObjectDiscoveryConfig) -> None:
 
     if config.workers is not None:
         torch.set_num_threads(config.workers)
-
-
-def print_table(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
-    """Scores in per cent on the terminal, with the protocol and where everything lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    entries = [*document["models"], *document["baselines"]]
-    shown = [name for name in SHOWN if name in entries[0]["scores"]]
-    table = Table(title=None, header_style="bold")
-    table.add_column("")
-    for name in shown:
-        table.add_column(name.upper().replace("_", "-"), justify="right")
-    for position, entry in enumerate(entries):
-        cells = [_cell(entry["scores"][name]) for name in shown]
-        table.add_row(entry["name"], *cells, end_section=position == len(document["models"]) - 1)
-    console = Console(width=max(100, 0) if not sys.stdout.isatty() else None)
-    console.print(table)
-    skipped = entries[0]["scores"]["fg_ari"]["skipped"]
-    grouping = protocol["grouping"]
-    console.print(
-        f"{protocol['images']} images ({skipped} without objects, skipped), {protocol['preset']['size']} px, "
-        f"{grouping['method']} k={grouping['clusters']}, up-tiling {protocol['uptile']}, "
-        f"{protocol['starts']} starts ({protocol['choose']}); {document['seconds']:.0f} s",
-        highlight=False,
-    )
-    for entry in document["differences"]:
-        if entry["score"] == "fg_ari":
-            console.print(
-                f"{entry['model']} - {entry['against']}: FG-ARI {100 * entry['difference']:+.1f} "
-                f"[{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}] (95 %, paired bootstrap over images)",
-                highlight=False,
-            )
-    console.print(f"results and pictures: {out}", highlight=False)
-
-
-def _cell(summary: dict[str, Any]) -> str:
-    spread = summary["spread"]
-    return f"{100 * summary['mean']:.1f}" + (f" +/-{100 * spread:.1f}" if spread is not None else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

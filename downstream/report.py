@@ -182,7 +182,7 @@ def _oscillator_section(folder: Path, scored: dict[str, Any]) -> str:
     from downstream import oscillations, page
     from downstream.backbone import load
     from downstream.charts import line_chart
-    from downstream.object_discovery import preset_of
+    from downstream.discovery import preset_of
     from downstream.samples import Samples
 
     encoder = load(str(folder), device="cpu")

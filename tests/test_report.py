@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs import UserError
-from downstream import charts, oscillations, page, report
+from downstream import charts, oscillations, page, report, result_section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -137,6 +137,14 @@ def test_tokens_take_the_commonest_label() -> None:
     truth[0, :2, :2] = 3
     truth[0, 3, 3] = 1
     assert oscillations.tokens_of(truth, (2, 2)).tolist() == [[3, 0, 0, 0]]
+
+
+def test_other_tasks_get_a_table_of_their_figures(tmp_path: Path) -> None:
+    drawn = result_section.draw(tmp_path, {"task": "sudoku", "scores": {"hard": {"T=16": 0.5}, "note": "text"}})
+    assert "hard / T=16" in drawn
+    assert "0.5" in drawn
+    assert "note" not in drawn.split("<details>")[0]
+    assert result_section.headline({"task": "sudoku"}) == []
 
 
 def test_text_is_escaped() -> None:
