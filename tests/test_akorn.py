@@ -194,6 +194,26 @@ def test_activations_and_gradients_are_of_sane_scale_at_the_start(kind: str, ste
     assert sum(norm > 1e-8 for norm in gradients.values()) > 0.8 * len(gradients)
 
 
+WIDE = [name for name in MODELS if name.startswith("akorn") and "classifier" not in name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name", [name if "nano_patch4_32" in name else pytest.param(name, marks=pytest.mark.slow) for name in WIDE]
+)
+def test_every_size_starts_sanely_with_64_steps(name: str, precision: str) -> None:
+    """On a grid of 4 x 4 tokens, at full width and depth."""
+    torch.manual_seed(0)
+    side = 4 * MODELS[name][1]["patch_size"]
+    model = timm.create_model(name, img_size=side, num_steps=64, num_classes=0).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        maps = model.forward_features(torch.randn(2, 3, side, side))
+    assert 0.05 < maps.std() < 5
+    maps.mean((2, 3)).square().mean().sqrt().backward()
+    norms = {key: float(value.grad.norm()) for key, value in model.named_parameters()}
+    assert all(math.isfinite(norm) and norm < 100 for norm in norms.values()), norms
+
+
 def test_a_half_precision_model_runs() -> None:
     model = network(carry="linear").eval().to(torch.bfloat16)
     assert model(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16

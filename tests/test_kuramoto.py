@@ -180,6 +180,17 @@ def test_norm_ablations_hold_their_norms(norm: str, low: float, high: float) -> 
     assert found.max() <= high + 1e-5
 
 
+def test_rms_is_the_sphere_of_another_radius() -> None:
+    """At norm sqrt(n), a step of sqrt(n) gamma turns an oscillator as a step of gamma does at norm 1."""
+    torch.manual_seed(0)
+    n, x, y = 4, normalise(torch.randn(2, 6, 32), 4), torch.randn(2, 6, 32)
+    radius = math.sqrt(n)
+    for _ in range(5):
+        wide = kuramoto_step(radius * x, y, radius * 0.5, None, torch.ones(32), StepRule(n, norm="rms"))
+        x = kuramoto_step(x, y, 0.5, None, None, StepRule(n))
+        torch.testing.assert_close(wide, radius * x)
+
+
 def test_recomputation_changes_no_gradient() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(192, 192) / 14

@@ -80,7 +80,8 @@ def kuramoto_step(
     `gain` [C] scales the components after norm="rms" and is None otherwise.
     """
     n = rule.n
-    drift = project(y, x, n) if rule.projection else y
+    direction = x / math.sqrt(n) if rule.norm == "rms" else x  # of norm 1, up to the gain
+    drift = project(y, direction, n) if rule.projection else y
     if frequency is not None:
         drift = rotate(x, frequency, n) + drift
     elif rule.self_drift:
