@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 
 import pretrain  # noqa: F401
 from configs.errors import UserError
-from downstream import classifier, robustness
+from downstream import classifier, robust_pictures, robustness
 from downstream.robust_scores import signs_of_masking
 from pretrain.data.shards import ShardWriter
 
@@ -125,3 +125,11 @@ def test_signs_of_masking() -> None:
     signs = " / ".join(signs_of_masking(masked))
     for expected in ("random search beats PGD at eps 0.0300", "loss falls", "still right at eps 0.250", "transfer"):
         assert expected in signs
+
+
+def test_pictures_of_adversarial_images(tmp_path: Path) -> None:
+    clean = torch.rand(3, 3, 8, 8)
+    robust_pictures.examples(tmp_path / "one.png", clean, {"pgd fixed": (clean + 0.01).clamp(0, 1)})
+    robust_pictures.examples(tmp_path / "two.png", clean, {"pgd fixed": clean, "fgsm fixed": clean})
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        assert two.height > one.height  # a row of images and one of perturbations for each attack
