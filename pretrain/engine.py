@@ -36,7 +36,7 @@ class StepResult:
 
     grad_norm: Tensor  # of the whole gradient before clipping, fp32 scalar
     skipped: Tensor  # 1.0 where the gradient was not finite and nothing was updated
-    norms: Tensor | None = None  # by parameter, in the module's order; stage 0 only
+    norms: dict[str, Tensor] | None = None  # by parameter; stage 0 only
 
 
 @dataclass(frozen=True)
@@ -120,24 +120,24 @@ class Engine:
         return StepResult(norm, torch.tensor(float(self._deepspeed.optimizer.overflow)))
 
     def _step_plain(self) -> StepResult:
-        gradients = [p.grad for p in self._names.values() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
+        used = {name: p.grad for name, p in self._names.items() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(used.values())))
         norm = torch.linalg.vector_norm(norms)
         bad = (~norm.isfinite()).float()
         self._inner.found_inf = bad  # type: ignore[attr-defined]
         if self._clip is not None:
             self._inner.grad_scale = (norm / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
         self._deepspeed.step()
-        return StepResult(norm, bad, norms)
-
-    def names(self) -> list[str]:
-        """Names of the trained parameters, in the order of `StepResult.norms`."""
-        return list(self._names)
+        return StepResult(norm, bad, dict(zip(used, norms.unbind())))
 
     def weights(self) -> dict[str, Tensor]:
         """Whole fp32 parameters and buffers by name, on this device (collective at stage 3)."""
-        state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
-        return state if self.stage < 3 else state | self.assemble(self.shards())
+        if self.stage < 3:
+            return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        with _whole(frozen, self.stage):
+            state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        return state | self.assemble(self.shards())
 
     def shards(self) -> dict[str, Tensor]:
         """What this rank holds of each trained parameter: all of it below stage 3, a flat part of it there."""
@@ -198,7 +198,7 @@ class Engine:
         if self.stage == 0:
             for name, p in self._names.items():
                 for key, value in self._inner.state[p].items():
-                    if key != "step":
+                    if f"{name}.{key}" in moments.tensors:  # not there: a parameter that no step has used so far
                         value.copy_(moments.tensors[f"{name}.{key}"])
         else:
             from deepspeed.utils import safe_set_full_optimizer_state
@@ -206,8 +206,9 @@ class Engine:
             self._link_moments()
             for name, p in self._names.items():
                 for key in ADAM_MOMENTS:
-                    value = moments.tensors[f"{name}.{key}"].to(self.ranks.device)
-                    safe_set_full_optimizer_state(p, value, key)
+                    if f"{name}.{key}" in moments.tensors:
+                        value = moments.tensors[f"{name}.{key}"].to(self.ranks.device)
+                        safe_set_full_optimizer_state(p, value, key)
         for state in self._inner.state.values():
             if "step" in state:
                 state["step"].fill_(float(moments.step))

@@ -38,7 +38,7 @@ class Record:
     samples: Tensor  # [b] int64 of this rank
     tensors: dict[str, Tensor]
     host: dict[str, float]
-    norms: Tensor | None = None
+    norms: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -107,16 +107,9 @@ class Monitor:
         self._pending = []
         return reading
 
-    def pause(self) -> None:
-        """Do not count the time until now as a step's (saving, evaluating)."""
-        if not self._pending:
-            self._clock = time.perf_counter()
-
-    def forget(self, step: int) -> None:
-        """Drop what was gathered and written after `step`: it is undone by a rollback."""
-        self._pending, self._bad_in_row = [], 0
-        if self._metrics is not None:
-            self._metrics.cut(step)
+    def exclude(self, seconds: float) -> None:
+        """Do not count this time (saving, evaluating) as that of steps."""
+        self._clock += seconds
 
     def sync(self) -> None:
         """Have all rows on disk."""

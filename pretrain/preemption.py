@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ class Stop:
         self.requested = os.environ.get(EARLY_REQUEST) == "1"
         self._message = torch.zeros(1)
         self._work: dist.Work | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
         """Take over the signals; only possible in the main thread, elsewhere a request comes through `requested`."""
@@ -39,8 +40,10 @@ class Stop:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Not put back: a signal between here and the end of the process must not kill it while files are closed.
         self.drain()
+        if not self.requested:  # else a second signal must not kill the process while it closes its files
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

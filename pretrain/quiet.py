@@ -9,20 +9,43 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Import or initialise a noisy library inside; standard output is swallowed, exceptions are not."""
+    """Import or initialise a noisy library inside. What it and its compilers print is swallowed, exceptions are not."""
     for name in ("DeepSpeed", "deepspeed"):
         logger = logging.getLogger(name)
         if _only_errors not in logger.filters:
             logger.addFilter(_only_errors)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Never closed: a library may keep the stream that it found for its log lines.
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        _swallowed(1, nowhere.fileno()),
+        _swallowed(2, nowhere.fileno()),
+    ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _swallowed(descriptor: int, nowhere: int) -> Iterator[None]:
+    """Send a file descriptor nowhere, for this process and those it starts."""
+    kept = os.dup(descriptor)
+    os.dup2(nowhere, descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
 
 
 def _only_errors(record: logging.LogRecord) -> bool:

@@ -15,7 +15,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-LOUD = {"save_failed", "damaged", "rollback", "fallback", "bad_step", "spike", "hung", "preempted", "config_changed"}
+LOUD = {
+    "save_failed",
+    "damaged",
+    "fallback",
+    "rollback",
+    "bad_step",
+    "spike",
+    "preempted",
+    "config_changed",
+    "waits_for_data",
+}
 
 
 class MetricsFile:

@@ -61,6 +61,7 @@ class Session:
     steps: int
     is_retry: bool  # begun by a rollback
     num_saves: int = 0  # checkpoints taken since the beginning
+    is_advised: bool = False  # the user knows that data is the bottleneck
 
     def keys(self, samples: Tensor) -> Iterable[str]:
         """Keys of samples in the shards."""
@@ -104,31 +105,14 @@ def open_session(
     _check_norms(task.module, config, ranks)
     rows = _prepare(task, config, ranks, run_dir)
     twin = make_twin(task, ranks.device) if observers else None
-    engine, start = _make_engine(task, config, ranks, snapshot), 0 if snapshot is None else snapshot.step
+    engine = _make_engine(task, config, ranks, snapshot)
     loader = _make_loader(config, task, run_dir, ranks)
     stack.callback(loader.close)
     if snapshot is not None:
         resume.check_data(snapshot, _fingerprint(loader))
-    steps = num_steps(config, len(loader))
-    ema = Ema(engine, config.ema, steps)
-    if snapshot is not None and "ema" in snapshot.tensors:
-        ema.load(snapshot.tensors["ema"], int(snapshot.state["ema_updates"]))
-    display = Display(config.name, start, steps, enabled=ranks.first)
-    stack.callback(display.close)
-    events.say = display.say
-    monitor = _make_monitor(config, task, run_dir, ranks, start)
-    stack.callback(monitor.close)
-    stream = rollback.stream if rollback is not None else start if snapshot is None else int(snapshot.state["stream"])
-    events(
-        "started",
-        step=start,
-        steps=steps,
-        world_size=ranks.world_size,
-        zero_stage=engine.stage,
-        stream=stream,
-        kernels={row["layer"]: row["kernel"] for row in rows},
-    )
-    return Session(
+    start, steps = 0 if snapshot is None else snapshot.step, num_steps(config, len(loader))
+    ema = _make_ema(engine, config, steps, snapshot)
+    session = Session(
         config=config,
         run_dir=run_dir,
         ranks=ranks,
@@ -138,18 +122,28 @@ def open_session(
         engine=engine,
         ema=ema,
         loader=loader,
-        monitor=monitor,
-        display=display,
+        monitor=_make_monitor(config, run_dir, ranks, start, stack),
+        display=_make_display(config, start, steps, ranks, events, stack),
         saver=_make_saver(config, run_dir, lease, events, stack),
         watchdog=_make_watchdog(config, run_dir, ranks, stack),
         rate=make_schedule(config, len(loader)),
         observers=observers,
         observed=None if twin is None else TrainerState(config, ranks, run_dir, task, ema, *twin),
         start=start,
-        stream=stream,
+        stream=_stream(snapshot, rollback),
         steps=steps,
         is_retry=rollback is not None,
     )
+    kernel = {row["layer"]: row["kernel"] for row in rows}
+    events("started", step=start, steps=steps, world_size=ranks.world_size, zero_stage=engine.stage, kernels=kernel)
+    return session
+
+
+def _stream(snapshot: Snapshot | None, rollback: Rollback | None) -> int:
+    """Number of the batch to begin with: the step, plus what rollbacks have skipped."""
+    if rollback is not None:
+        return rollback.stream
+    return 0 if snapshot is None else int(snapshot.state["stream"])
 
 
 def _make_task(config: PretrainConfig, snapshot: Snapshot | None) -> Task:
@@ -169,6 +163,13 @@ def _make_engine(task: Task, config: PretrainConfig, ranks: Ranks, snapshot: Sna
         moments = Moments(snapshot.tensors.get("moments", {}), int(snapshot.state["optimizer_step"]))
     task.module.train()
     return Engine(task, config.compute, config.optimizer, ranks, moments)
+
+
+def _make_ema(engine: Engine, config: PretrainConfig, steps: int, snapshot: Snapshot | None) -> Ema:
+    ema = Ema(engine, config.ema, steps)
+    if snapshot is not None and "ema" in snapshot.tensors:
+        ema.load(snapshot.tensors["ema"], int(snapshot.state["ema_updates"]))
+    return ema
 
 
 def _check_norms(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
@@ -207,7 +208,9 @@ def _fingerprint(loader: Any) -> str:
     return str(getattr(getattr(loader, "index", None), "fingerprint", ""))
 
 
-def _make_monitor(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks, start: int) -> Monitor:
+def _make_monitor(
+    config: PretrainConfig, run_dir: Path, ranks: Ranks, start: int, stack: contextlib.ExitStack
+) -> Monitor:
     metrics, sinks = None, list[Sink]()
     if ranks.first:
         if not (run_dir / "config.yaml").exists():  # started without the launcher
@@ -218,7 +221,18 @@ def _make_monitor(config: PretrainConfig, task: Task, run_dir: Path, ranks: Rank
         if config.monitor.wandb is not None:
             sinks.append(WeightsAndBiases(config.monitor.wandb, config.name, run_dir, config.model_dump(mode="json")))
     views = config.batch_size * (2 if config.task.name == "simclr" else 1)
-    return Monitor(config.monitor, ranks, metrics=metrics, sinks=sinks, views=views)
+    monitor = Monitor(config.monitor, ranks, metrics=metrics, sinks=sinks, views=views)
+    stack.callback(monitor.close)
+    return monitor
+
+
+def _make_display(
+    config: PretrainConfig, start: int, steps: int, ranks: Ranks, events: Events, stack: contextlib.ExitStack
+) -> Display:
+    display = Display(config.name, start, steps, enabled=ranks.first)
+    stack.callback(display.close)
+    events.say = display.say
+    return display
 
 
 def _make_saver(

@@ -69,8 +69,9 @@ def _norms(session: Session, record: Record) -> dict[str, Any]:
     """Largest gradient norms by parameter; DeepSpeed has them apart only at ZeRO stage 0 (device sync)."""
     if record.norms is None:
         return {"norms": "by layer only at compute.zero_stage=0"}
-    named = sorted(zip(session.engine.names(), record.norms.tolist()), key=lambda pair: -pair[1])
-    return {"norms": {name: float(f"{norm:.4g}") for name, norm in named[:MOST_NORMS]}}
+    numbers = {name: float(norm) for name, norm in record.norms.items()}
+    largest = sorted(numbers, key=lambda name: -numbers[name])[:MOST_NORMS]
+    return {"norms": {name: float(f"{numbers[name]:.4g}") for name in largest}}
 
 
 def _diagnosis(session: Session, reading: Reading, step: int) -> str:

@@ -7,10 +7,11 @@ is lies in microbatch.py, what a checkpoint is in checkpoint.py; here is only th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from configs.schema import PretrainConfig
 from pretrain import distributed, saver
@@ -53,7 +54,11 @@ def run(config: PretrainConfig, *, observers: Sequence[Observer] = (), run_dir: 
         distributed.barrier(ranks)
         lease.watch()
         stop = stack.enter_context(Stop(ranks))
-        return _live(config, observers, run_dir, ranks, lease, stop)
+        try:
+            return _live(config, observers, run_dir, ranks, lease, stop)
+        except RuntimeError:
+            lease.check()  # peers that were fenced off are gone: then so is this rank, and not by a defect
+            raise
 
 
 def _live(
@@ -105,28 +110,45 @@ def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
     """Evaluate and read the metrics when due, or `always`; returns whether the newest step was bad (collective)."""
     if session.lease.lost:
         session.lease.check()
-    figures = observe(session.observers, step, session.observed)
+    with aside(session):
+        figures = observe(session.observers, step, session.observed)
     if figures:
         session.monitor.add(figures)
-        session.watchdog.alive()
     if not (figures or always or session.monitor.due(step)):
         return False
     reading = session.monitor.read()
     if reading.last is not None:
         session.display.show(reading.last)
+        advise(session, reading.last)
     judge(session, reading, step, stream)
     return reading.sick
 
 
+def advise(session: Session, row: dict[str, Any]) -> None:
+    """Say once per life when the training waits for data, and what to do about it."""
+    warm = row["step"] > session.start + 3 * session.config.monitor.log_every
+    if warm and not session.is_advised and row["data_wait_s"] > 0.25 * row["step_s"]:
+        session.is_advised = True
+        session.events("waits_for_data", advice=session.loader.advice())
+
+
 def save(session: Session, step: int, stream: int) -> None:
     """Take a checkpoint (collective); rank 0 writes it, in the background if so configured."""
+    with aside(session):
+        session.monitor.sync()
+        session.num_saves += 1
+        snapshot = saver.take(session.engine, session.ema, session.state(step, stream))
+        if snapshot is not None:
+            session.saver.save(snapshot)
+
+
+@contextlib.contextmanager
+def aside(session: Session) -> Iterator[None]:
+    """Time spent inside is no step's: neither the watchdog nor the figures of speed count it."""
     session.watchdog.alive()
-    session.monitor.sync()
-    session.num_saves += 1
-    snapshot = saver.take(session.engine, session.ema, session.state(step, stream))
-    if snapshot is not None:
-        session.saver.save(snapshot)
-    session.monitor.pause()
+    begin = time.perf_counter()
+    yield
+    session.monitor.exclude(time.perf_counter() - begin)
     session.watchdog.alive()
 
 
