@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -198,6 +199,19 @@ def test_verify_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_errors_name_the_remedy(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_a_full_disk_is_told_and_the_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = ["shapes", str(tmp_path / "set"), "--count", "6", "--per-shard", "3", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(making.ShardWriter, "close", full)
+        with pytest.raises(UserError, match=r"No space left on device; once that is mended the same command goes on"):
+            main(command)
+    assert main(command) == 0
+    assert main(["--verify", str(tmp_path / "set")]) == 0
 
 
 def test_foreign_tars_are_not_overwritten(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ def test_splits_flat_and_mixed_folders(tmp_path: Path) -> None:
     sources = folder.open_source("folder", request(tmp_path / "in", tmp_path))
     assert {split: len(source) for split, source in sources.items()} == {"train": 3, "val": 3}
     assert sources["val"].classes == ["cat", "dog", "owl"]
+    for path in (tmp_path / "in" / "validation" / "cat").iterdir():
+        path.unlink()
+    sources = folder.open_source("folder", request(tmp_path / "in", tmp_path))
+    assert [sample.parts["cls"] for sample in samples_of(sources["val"])] == [b"1", b"2"]
     flat = tmp_path / "flat"
     flat.mkdir()
     for number in range(3):

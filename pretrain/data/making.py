@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -87,7 +88,7 @@ def make(
         workers: processes; 0 or 1: this one.
 
     Raises:
-        UserError: `out` holds something else; too many broken pictures; nothing to write.
+        UserError: `out` holds something else; too many broken pictures; nothing to write; a full disk.
     """
     if plan.num_pictures == 0:
         raise UserError(f"{plan.source} {plan.split}: no pictures to write")
@@ -95,13 +96,16 @@ def make(
         return _outcome(out, was_there=True)
     building = _begin(plan, out)
     broken = 0
-    for done, (pictures, lost) in enumerate(_write_all(source, plan, out, building, workers), 1):
-        broken += lost
-        if broken > max_broken * plan.num_pictures:
-            raise UserError(_too_many(plan, out, building, broken, max_broken, done))
-        if progress:
-            progress(pictures, lost)
-    _finish(source, plan, out, building)
+    try:
+        for done, (pictures, lost) in enumerate(_write_all(source, plan, out, building, workers), 1):
+            broken += lost
+            if broken > max_broken * plan.num_pictures:
+                raise UserError(_too_many(plan, out, building, broken, max_broken, done))
+            if progress:
+                progress(pictures, lost)
+        _finish(source, plan, out, building)
+    except OSError as error:
+        raise UserError(f"writing {out} failed: {error}; once that is mended the same command goes on") from error
     return _outcome(out)
 
 
@@ -167,6 +171,7 @@ _job: tuple[Source, Plan, Path, Path] | None = None  # of a worker process
 
 def _start_worker(source: Source, plan: Plan, out: Path, building: Path) -> None:
     global _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends the workers
     _job = source, plan, out, building
 
 

@@ -59,3 +59,14 @@ class FileSource(PictureSource):
     def parts_of(self, number: int) -> dict[str, bytes]:
         parts = image_part(self.tree.read(int(self.numbers[number])))
         return parts if self.labels is None else {**parts, "cls": str(self.labels[number]).encode()}
+
+
+def aligned(sources: dict[str, FileSource]) -> dict[str, FileSource]:
+    """The same sources with labels that mean the same in each: numbers in the sorted classes of all splits."""
+    classes = sorted({name for source in sources.values() for name in source.classes})
+    number_of = {name: number for number, name in enumerate(classes)}
+    for source in sources.values():
+        if source.labels is not None:
+            source.labels = np.array([number_of[name] for name in source.classes], np.int64)[source.labels]
+            source.classes = classes
+    return sources

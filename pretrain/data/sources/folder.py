@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configs.errors import UserError
-from pretrain.data.sources.files import FileSource
+from pretrain.data.sources.files import FileSource, aligned
 from pretrain.data.sources.sample import Request
 from pretrain.data.sources.tree import Tree, is_image, open_tree
 
@@ -36,21 +36,16 @@ def by_split(tree: Tree, images: Sequence[int], notes: list[str]) -> dict[str, F
         found: dict[str, list[int]] = {}
         for number, path in zip(images, paths):
             found.setdefault(SPLITS[path[depth]], []).append(number)
-        return {split: labelled(tree, numbers, depth + 1, notes) for split, numbers in sorted(found.items())}
+        return aligned({split: labelled(tree, found[split], depth + 1, notes) for split in sorted(found)})
     return {"": labelled(tree, images, depth, notes)}
 
 
 def _common_depth(paths: Sequence[Sequence[str]]) -> int:
     """Number of leading folders that all paths share (a tar's own top folder, say), short of splits."""
-    depth = 0
-    while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
-        if paths[0][depth] in SPLITS:
-            break
+    depth, first = 0, paths[0]
+    while first[depth] not in SPLITS and all(len(path) > depth + 1 and path[depth] == first[depth] for path in paths):
         depth += 1
-    # One class folder only is still a class folder.
-    return (
-        depth if depth == 0 or any(len(path) > depth + 1 for path in paths) else depth - 1 if len(paths) == 1 else depth
-    )
+    return depth
 
 
 def labelled(tree: Tree, images: Sequence[int], depth: int, notes: list[str]) -> FileSource:

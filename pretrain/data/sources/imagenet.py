@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.errors import UserError
-from pretrain.data.sources.files import FileSource
+from pretrain.data.sources.files import FileSource, aligned
 from pretrain.data.sources.sample import Request
 from pretrain.data.sources.tree import Tree, is_image, open_tree
 
@@ -39,11 +39,14 @@ def open_source(name: str, request: Request) -> dict[str, FileSource]:
         if path is not None and (not request.splits or split in request.splits):
             tree = open_tree(path, request.temporary, nested=split == "train")
             request.notes.extend(tree.notes)
-            sources[split] = opener(tree, folder, request)
+            sources[split] = opener(tree, folder, request.temporary)
     if not sources:
         raise UserError(
             f"no ImageNet in {folder}: looked for ILSVRC2012_img_train.tar or train/, ILSVRC2012_img_val.tar or val/"
         )
+    count = len(aligned(sources)[next(iter(sources))].classes)
+    if count != 1000:
+        request.notes.append(f"{folder} has {count} classes, ImageNet has 1000: labels are 0 to {count - 1}")
     return sources
 
 
@@ -51,20 +54,18 @@ def _first(folder: Path, *names: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def _by_synset(tree: Tree, numbers: Sequence[int], synsets: Sequence[str], notes: list[str]) -> FileSource:
+def _by_synset(tree: Tree, numbers: Sequence[int], synsets: Sequence[str]) -> FileSource:
     classes = sorted(set(synsets))
-    if len(classes) != 1000:
-        notes.append(f"{tree.place} has {len(classes)} classes, ImageNet has 1000: labels are 0 to {len(classes) - 1}")
     label = {synset: number for number, synset in enumerate(classes)}
     return FileSource(tree, numbers, [label[synset] for synset in synsets], classes)
 
 
-def _train(tree: Tree, folder: Path, request: Request) -> FileSource:
+def _train(tree: Tree, folder: Path, temporary: Path) -> FileSource:
     """Images below a folder or class tar named by a synset."""
     numbers, synsets = _in_synsets(tree)
     if not numbers:
         raise UserError(f"{tree.place} holds no images in folders or tars named by synsets (n01440764, ...)")
-    return _by_synset(tree, numbers, synsets, request.notes)
+    return _by_synset(tree, numbers, synsets)
 
 
 def _in_synsets(tree: Tree) -> tuple[list[int], list[str]]:
@@ -77,12 +78,12 @@ def _in_synsets(tree: Tree) -> tuple[list[int], list[str]]:
     return numbers, synsets
 
 
-def _val(tree: Tree, folder: Path, request: Request) -> FileSource:
+def _val(tree: Tree, folder: Path, temporary: Path) -> FileSource:
     """Images in folders named by synsets, or flat ones with the labels of the development kit."""
     numbers, synsets = _in_synsets(tree)
     if numbers:
-        return _by_synset(tree, numbers, synsets, request.notes)
-    truth = _ground_truth(folder, request.temporary)
+        return _by_synset(tree, numbers, synsets)
+    truth = _ground_truth(folder, temporary)
     for number, name in enumerate(tree.names):
         match = VALIDATION.search(name)
         if match:
@@ -91,7 +92,7 @@ def _val(tree: Tree, folder: Path, request: Request) -> FileSource:
     if not numbers or "" in synsets:
         missing = f"no label for {tree.names[numbers[synsets.index('')]]}" if numbers else "no ILSVRC2012_val_*.JPEG"
         raise UserError(f"{tree.place}: {missing}; is the development kit complete?")
-    return _by_synset(tree, numbers, synsets, request.notes)
+    return _by_synset(tree, numbers, synsets)
 
 
 def _ground_truth(folder: Path, temporary: Path) -> dict[int, str]:
