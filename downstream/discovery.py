@@ -135,7 +135,9 @@ def score_scene(encoder: Encoder, scene: Scene, protocol: Protocol) -> dict[str,
 
 
 def gather(blocks: Sequence[dict[str, list[list[float | None]]]]) -> dict[str, np.ndarray]:
-    """Scores of blocks -> one array [S, N] a name; null is NaN."""
+    """Scores of blocks -> one array [S, N] a name; null is NaN. Nothing of no blocks."""
+    if not blocks:
+        return {}
     return {
         name: np.concatenate([np.array(block[name], dtype=np.float64) for block in blocks], axis=1)
         for name in blocks[0]

@@ -101,14 +101,15 @@ def test_processes_share_the_work_and_change_nothing(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = {"controls": [], "baselines": ["one_segment"], "pictures": 0}
-    alone = object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "alone")
+    object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "alone")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "shared") == {}
     left = sorted(path.name for path in (tmp_path / "shared").glob(".parts/*/*.json"))
     assert left == ["block_000001.json", "block_000001.json"]
     monkeypatch.setenv("RANK", "0")
-    together = object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "shared")
+    object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "shared")
+    alone, together = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "shared"))
     assert together["models"] == alone["models"]
 
 
