@@ -20,7 +20,7 @@ def clouds(count: int = 600, classes: int = 4, channels: int = 12, seed: int = 0
 
 
 def test_gradient_of_all_heads_equals_autograd() -> None:
-    features, labels = clouds(32)
+    _, labels = clouds(32)
     logits = torch.randn(32, 3, 4, requires_grad=True)
     loss = sum(F.cross_entropy(logits[:, head], labels) for head in range(3))
     (expected,) = torch.autograd.grad(loss, logits)

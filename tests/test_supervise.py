@@ -102,6 +102,7 @@ def test_restarts_without_progress_are_bounded(place: Path, capsys: pytest.Captu
 def test_ctrl_c_saves_and_stops_and_resume_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_STEP_S", "0.05")
     home = place / "runs" / "r"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background inherits an ignored one
 
     def press() -> None:
         wait_for(lambda: has_steps(home, 3))
