@@ -45,10 +45,10 @@ def probe_segmentation(
     classes = int(labels.max()) + 1
     kept, held = probe.split(labels, held_out, seed=seed)
     options = {"classes": classes, "epochs": epochs, "batch_size": 4096, "seed": seed}
-    heads = probe.train(tokens[kept], labels[kept], rates=rates, **options)  # type: ignore[arg-type]
+    heads = probe.train(tokens[kept], labels[kept], rates=rates, **options)
     accuracy = probe.evaluate(heads, tokens[held], labels[held]).top1
     best = int(accuracy.argmax())
-    chosen = probe.train(tokens, labels, rates=[rates[best]], **options)  # type: ignore[arg-type]
+    chosen = probe.train(tokens, labels, rates=[rates[best]], **options)
     table = torch.zeros(0, 0, dtype=torch.long)
     for block in test.blocks(batch_size):
         table = _sum(table, confusion(encoder, chosen, test.scenes(block, preset)))

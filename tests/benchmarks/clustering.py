@@ -2,7 +2,7 @@
 
     python tests/benchmarks/clustering.py [--grid 8 16 64] [--images 1000 1000 100] [--threads 2]
 
-The baseline takes the features as they are (in memory) and treats one image at a time in one process: PCA of scikit-learn,
+The baseline takes the features as they are (in memory) and treats an image at a time in one process: scikit-learn PCA,
 fastcluster's average linkage on the vectors, SciPy's cut, nearest enlargement, scikit-learn's Rand index and a loop
 over objects for MBO. Ours takes the same features in batches. Both are timed in turns, in one run; labels are compared.
 """
