@@ -176,13 +176,14 @@ class Clusters {
     size_[made] = size_[a] + size_[b];
     leaf_[made] = leaf_[a];
     const double share_a = size_[a] / size_[made], share_b = size_[b] / size_[made];
-    double to_pending[kLine];
-    for (Index p = columns_; p < made; ++p) to_pending[p - columns_] = share_a * row(p)[a] + share_b * row(p)[b];
+    dead_[a] = dead_[b] = kFar;
+    double to_pending[kLine];  // before row a is overwritten; columns of dead clusters must hold numbers, too
+    for (Index p = columns_; p < made; ++p)
+      to_pending[p - columns_] = dead_[p] == 0 ? share_a * row(p)[a] + share_b * row(p)[b] : kFar;
     double* joined = row(a);
     const double* other = row(b);
     for (Index k = 0; k < columns_; ++k) joined[k] = share_a * joined[k] + share_b * other[k];
     row_[made] = row_[a];
-    dead_[a] = dead_[b] = kFar;
     for (Index p = columns_; p < made; ++p) {
       joined[p] = to_pending[p - columns_];
       if (dead_[p] == 0) row(p)[made] = joined[p];
@@ -192,14 +193,14 @@ class Clusters {
     if (next_ == columns_ + kLine) flush();
   }
 
-  // Write the pending columns into all rows, a cache line a row. Dead rows may be written: nobody reads them again.
+  // Write the pending columns into the rows of all clusters, a cache line a row.
   void flush() {
     const double* source[kLine];
-    for (Index p = 0; p < kLine; ++p) source[p] = row(columns_ + p);
+    for (Index p = 0; p < kLine; ++p) source[p] = dead_[columns_ + p] == 0 ? row(columns_ + p) : nullptr;
     for (Index k = 0; k < columns_; ++k) {
       if (dead_[k] != 0) continue;
       double* out = row(k) + columns_;
-      for (Index p = 0; p < kLine; ++p) out[p] = source[p][k];
+      for (Index p = 0; p < kLine; ++p) out[p] = source[p] != nullptr ? source[p][k] : kFar;
     }
     columns_ = next_;
   }

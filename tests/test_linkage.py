@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fastcluster
@@ -20,6 +22,7 @@ from downstream import linkage
 from downstream.linkage import average_linkage
 from downstream.pca import pca
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AKORN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
@@ -81,6 +84,22 @@ def test_equal_tokens_and_small_images() -> None:
     assert average_linkage(equal).cut(4).amax(1).tolist() == [3, 3]
     assert average_linkage(torch.randn(2, 3, 4)).cut(10).sort(1).values.tolist() == [[0, 1, 2]] * 2
     assert average_linkage(torch.randn(3, 1, 4)).cut(4).tolist() == [[0]] * 3
+
+
+def test_result_does_not_depend_on_what_memory_held_before() -> None:
+    """Fresh memory is filled with a pattern (glibc's MALLOC_PERTURB_): columns of merged clusters once were unwritten."""
+    code = (
+        "import torch, fastcluster, numpy as np\n"
+        "from downstream.linkage import average_linkage\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "for tokens in [2, 9, 30, 63, 64, 65, 66, 90, 130, 200, 300] * 3:\n"
+        "    features = torch.randn(1, tokens, 5, generator=generator)\n"
+        "    expected = fastcluster.linkage(features[0].double().numpy(), 'average')[:, 2]\n"
+        "    np.testing.assert_allclose(average_linkage(features).heights[0].numpy(), expected, rtol=1e-6)\n"
+    )
+    for pattern in ("1", "128"):
+        environment = {**os.environ, "MALLOC_PERTURB_": pattern, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
 def test_broken_features_are_named() -> None:

@@ -1,0 +1,43 @@
+"""The figures in docs/results.md are those of the results files beside it: none is typed by hand and wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLE = re.compile(r"<!-- figures: (\S+) -->\n\n((?:\|.*\n)+)")
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
+
+
+def _shares(value: Any) -> Iterator[float]:
+    """Every number of a results file, in percent."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _shares(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _shares(item)
+    elif isinstance(value, float):
+        yield 100 * value
+
+
+def _tables() -> list[tuple[str, str]]:
+    return TABLE.findall((DOCS / "results.md").read_text())
+
+
+def test_there_are_tables() -> None:
+    assert len(_tables()) >= 2
+
+
+@pytest.mark.parametrize(("source", "table"), _tables())
+def test_every_figure_stands_in_its_results_file(source: str, table: str) -> None:
+    known = {f"{share:.1f}" for share in _shares(json.loads((DOCS / source).read_text()))}
+    figures = NUMBER.findall(table)
+    assert figures
+    assert set(figures) <= known
