@@ -87,7 +87,7 @@ def test_equal_tokens_and_small_images() -> None:
 
 
 def test_result_does_not_depend_on_what_memory_held_before() -> None:
-    """Fresh memory is filled with a pattern (glibc's MALLOC_PERTURB_): columns of merged clusters once were unwritten."""
+    """Fresh memory is filled with a pattern (glibc's MALLOC_PERTURB_): some columns once were left unwritten."""
     code = (
         "import torch, fastcluster, numpy as np\n"
         "from downstream.linkage import average_linkage\n"
