@@ -71,7 +71,7 @@ def average_linkage(features: Tensor, *, threads: int | None = None) -> Dendrogr
     """Dendrograms of average linkage (Euclidean) over the tokens of each image.
 
     Args:
-        features: [B, N, D], any float type and device.
+        features: [B, N, D] on any device; taken as float32, distances are float64.
         threads: images clustered at a time, each in about 10 N^2 bytes; default: torch's number of threads.
 
     Raises:
@@ -88,8 +88,7 @@ def average_linkage(features: Tensor, *, threads: int | None = None) -> Dendrogr
     kernel = _kernel()
     if kernel is None:
         return _by_fastcluster(features)
-    points = features.to("cpu", torch.float64)
-    points = (points - points.mean(1, keepdim=True)).contiguous()  # smaller norms: less cancellation in the distances
+    points = features.to("cpu", torch.float32).contiguous()
     kernel(
         points.data_ptr(), images, tokens, points.shape[2], children.data_ptr(), heights.data_ptr(),
         threads or torch.get_num_threads(),

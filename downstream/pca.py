@@ -7,6 +7,8 @@ B images, N tokens, C channels, d components.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,20 @@ def pca(features: Tensor, components: int) -> Tensor:
     features = features.float()
     if channels <= components or tokens - 1 <= components:
         return features
+    threads = torch.get_num_threads()
+    if features.is_cuda or threads == 1 or len(features) < 2 * threads:
+        return _project(features, components)
+    # Small eigenproblems gain nothing from several threads each: a thread for each part of the batch.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(lambda part: _project(part, components), features.chunk(threads))))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _project(features: Tensor, components: int) -> Tensor:
+    tokens, channels = features.shape[1:]
     centred = features - features.mean(1, keepdim=True)
     if channels <= tokens:
         axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -components:]  # rising eigenvalues
