@@ -122,7 +122,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], out: Path, *args: Any) 
         process.kill()
     assert not errors, "\n".join(errors)
     assert not stuck, f"{len(stuck)} ranks hung"
-    return [torch.load(out / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [torch.load(out / f"result_{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 def context() -> Any:

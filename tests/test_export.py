@@ -56,7 +56,7 @@ def test_fresh_process_loads_bitwise_the_averaged_backbone(run_dir: Path, tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
     assert done.stderr == ""
-    assert torch.equal(torch.load(tmp_path / "features.pt"), features(run_dir, "ema"))
+    assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), features(run_dir, "ema"))
 
 
 def test_last_weights_of_a_step_on_demand(run_dir: Path, tmp_path: Path) -> None:
