@@ -17,6 +17,7 @@ from torch import nn
 
 from configs.errors import UserError
 from downstream.encoder import Control, Encoder, apply_control
+from pretrain import kernels
 
 
 def load(
@@ -60,6 +61,7 @@ def load(
         if control is not None:
             apply_control(encoder, control)
         encoder._level(layer)
+        kernels.fastest(encoder.model)
     except AttributeError as error:
         raise UserError(f"{ckpt}: {error}; steps needs a model with oscillators or iterations") from None
     except ValueError as error:

@@ -1,10 +1,10 @@
 """Linear probes: many heads on frozen features, trained at once.
 
-Owns: heads for every learning rate as the columns of one matrix, their training (SGD with momentum, cosine schedule,
+Owns: heads for every learning rate as the rows of one matrix, their training (SGD with momentum, cosine schedule,
 gradients in closed form), and the choice among them. Features are standardised by the statistics of the training set,
 so that one range of learning rates serves all backbones.
 
-N images, D features, G classes, R rates. Heads: one matrix [D, R * G].
+N images, D features, G classes, R rates. Heads: one matrix [G * R, D].
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROWS = 4096  # rows centred at a time
+
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear classifiers [D, R * G] on standardised features.
+    """Linear classifiers on standardised features.
 
-    Attributes: weight [D, R * G]; bias [R * G]; mean, scale [D] of the training features; rates R.
+    Attributes: weight [G, R, D]; bias [G, R]; mean, scale [D] of the training features.
     """
 
     weight: Tensor
     bias: Tensor
     mean: Tensor
     scale: Tensor
-    rates: tuple[float, ...]
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, D] -> [B, R, G]."""
-        return ((features - self.mean) * self.scale @ self.weight + self.bias).unflatten(1, (len(self.rates), -1))
+        return _scores(self.weight, self.bias, (features - self.mean) * self.scale).permute(2, 1, 0)
 
 
 def train(
@@ -52,36 +53,47 @@ def train(
         rates: for batches of 256; they are scaled in proportion to the batch.
     """
     device, generator = features.device, torch.Generator().manual_seed(seed)
-    mean, scale = features.mean(0), 1 / features.std(0).clamp_min(1e-6)
+    mean, scale = _statistics(features)
     batch_size = min(batch_size, len(features))
-    rate = torch.tensor(rates, device=device).repeat_interleave(classes) * (batch_size / 256)
-    weight = torch.zeros(features.shape[1], len(rates) * classes, device=device)
-    bias = torch.zeros(len(rates) * classes, device=device)
+    rate = torch.tensor(rates, device=device)[:, None] * (batch_size / 256)
+    weight = torch.zeros(classes, len(rates), features.shape[1], device=device)
+    bias = torch.zeros(classes, len(rates), 1, device=device)
     moments = torch.zeros_like(weight), torch.zeros_like(bias)
     steps_per_epoch = len(features) // batch_size
     total, step = epochs * steps_per_epoch, 0
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator).to(device)
-        for number in range(steps_per_epoch):
-            chosen = order[number * batch_size : (number + 1) * batch_size]
-            inputs = (features[chosen] - mean) * scale
-            error = _error((inputs @ weight + bias).unflatten(1, (len(rates), classes)), labels[chosen])
+        for chosen in order.split(batch_size)[:steps_per_epoch]:
+            inputs = (features[chosen] - mean).mul_(scale)
+            error = _error(_scores(weight, bias[:, :, 0], inputs), labels[chosen])
             now = rate * (0.5 * (1 + math.cos(math.pi * step / total)))
             for value, moment, gradient in (
-                (weight, moments[0], inputs.mT @ error),
-                (bias, moments[1], error.sum(0)),
+                (weight, moments[0], (error.flatten(0, 1) @ inputs).view_as(weight)),
+                (bias, moments[1], error.sum(2, keepdim=True)),
             ):
                 moment.mul_(momentum).add_(gradient)
                 value.sub_(now * moment)
             step += 1
-    return Heads(weight, bias, mean, scale, tuple(rates))
+    return Heads(weight, bias[:, :, 0], mean, scale)
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each column; the squares are summed about the mean, block by block."""
+    mean = features.mean(0)
+    variance = torch.stack([(block - mean).square_().sum(0) for block in features.split(_ROWS)]).sum(0)
+    return mean, 1 / (variance / max(1, len(features) - 1)).sqrt().clamp_min(1e-6)
+
+
+def _scores(weight: Tensor, bias: Tensor, inputs: Tensor) -> Tensor:
+    """Logits [G, R, B] of inputs [B, D]: images come last, where the softmax over classes runs over vectors."""
+    return torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), inputs.mT).unflatten(0, bias.shape)
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of the mean cross-entropy of each head with respect to its logits: softmax - one-hot, [B, R * G]."""
-    error = logits.softmax(2)
-    error[torch.arange(len(labels)), :, labels] -= 1
-    return error.flatten(1) / len(labels)
+    """Gradient of the mean cross-entropy of each head with respect to its logits: softmax - one-hot, [G, R, B]."""
+    error = logits.softmax(0)
+    error[labels, :, torch.arange(len(labels), device=labels.device)] -= 1
+    return error.div_(len(labels))
 
 
 @dataclass(frozen=True)

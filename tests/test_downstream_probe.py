@@ -21,10 +21,17 @@ def clouds(count: int = 600, classes: int = 4, channels: int = 12, seed: int = 0
 
 def test_gradient_of_all_heads_equals_autograd() -> None:
     _, labels = clouds(32)
-    logits = torch.randn(32, 3, 4, requires_grad=True)
-    loss = sum(F.cross_entropy(logits[:, head], labels) for head in range(3))
+    logits = torch.randn(4, 3, 32, requires_grad=True)
+    loss = sum(F.cross_entropy(logits[:, head].mT, labels) for head in range(3))
     (expected,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(probe._error(logits.detach(), labels), expected.flatten(1))
+    torch.testing.assert_close(probe._error(logits.detach(), labels), expected)
+
+
+def test_statistics_are_those_of_the_columns() -> None:
+    features = torch.randn(9000, 3) * torch.tensor([1.0, 1e-3, 50.0]) + torch.tensor([0.0, 100.0, -7.0])
+    mean, scale = probe._statistics(features)
+    torch.testing.assert_close(mean.double(), features.double().mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(1 / scale.double(), features.double().std(0), rtol=1e-2, atol=1e-6)
 
 
 def test_heads_trained_together_equal_heads_trained_alone() -> None:
