@@ -59,11 +59,18 @@ def home_of(config: AnyJob) -> Path:
     return Path("results") / config.job / re.sub(r"[^\w.-]+", "_", ckpt).strip("_.")
 
 
-def backbones(config: AnyJob) -> tuple[str, ...]:
-    """What an evaluation looks at; empty where nothing is given."""
-    ckpt: str | None = getattr(config, "ckpt", None)
-    also: tuple[str, ...] = getattr(config, "also", ())
-    return also if ckpt is None else (ckpt, *also)
+def backbones(config: AnyJob) -> dict[str, tuple[str, ...]]:
+    """The models that a job's evaluations read, by the key that names them."""
+    if isinstance(config, PretrainConfig):
+        found = [(f"downstream.{i}.", evaluation) for i, evaluation in enumerate(config.downstream)]
+    else:
+        found = [("", config)]
+    named: dict[str, tuple[str, ...]] = {}
+    for prefix, evaluation in found:
+        for key in ("ckpt", "also", "transfer_from"):
+            value: str | tuple[str, ...] = getattr(evaluation, key, None) or ()
+            named[prefix + key] = (value,) if isinstance(value, str) else value
+    return named
 
 
 def links(config: AnyJob, home: Path, *, in_sequence: bool) -> list[Link]:

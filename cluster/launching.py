@@ -124,16 +124,21 @@ def fetch_weights(config: AnyJob) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"the weights of {name} cannot be had: {last[:200]}; check the name and the network")
+            run = Path(config.runs_dir) / name
+            remedy = f"did you mean {shown(run)}?" if run.is_dir() else "check the name and the network"
+            raise UserError(f"the weights of {name} cannot be had: {last[:200]}; {remedy}")
 
 
 def pretrained_names(config: AnyJob) -> list[str]:
-    """The timm models whose published weights an evaluation needs."""
-    return [
-        name
-        for name in chain.backbones(config)
-        if not (Path(name).exists() or "/" in name or ":" in name or name.startswith(("akorn", "itrsa")))
-    ]
+    """The timm models whose published weights an evaluation of the job needs."""
+    wanted = dict.fromkeys(name for names in chain.backbones(config).values() for name in names)
+    return [name for name in wanted if _is_published(name)]
+
+
+def _is_published(name: str) -> bool:
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return True
+    return not (Path(name).exists() or "/" in name or ":" in name or name.startswith(("akorn", "itrsa")))
 
 
 def announce(

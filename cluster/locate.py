@@ -21,14 +21,16 @@ _PATHS = frozenset(
         "knn_test",
         "objects_data",
         "cache_dir",
+        "cifar10c",
         "data",
         "train",
-        "test",
         "out",
     }
 )
-_MAYBE_PATHS = frozenset({"ckpt", "also", "image"})  # a path if there is such a file, else a model's name
-_URL = re.compile(r"^(?:[a-z0-9+.-]+://|pipe:|local-dir:|hf-hub:)")
+# A path if there is such a file, else a model's name.
+_MAYBE_PATHS = frozenset({"ckpt", "also", "transfer_from", "image"})
+_URL = re.compile(r"^(?:[A-Za-z0-9+.-]+://|pipe:|hf[-_]hub:)")
+_BEFORE_A_PATH = re.compile(r"^(?:file|local-dir):(?!//)")
 
 
 def located(config: AnyJob) -> AnyJob:
@@ -51,13 +53,19 @@ def _located(section: Section) -> Section:
 
 
 def _located_item(key: str, value: Any) -> Any:
-    is_path = isinstance(value, str) and (key in _PATHS or os.path.exists(value))
+    if not isinstance(value, str):
+        return value
+    is_path = key in _PATHS or _BEFORE_A_PATH.match(value) or os.path.exists(os.path.expanduser(value))
     return absolute(value) if is_path else value
 
 
 def absolute(path: str) -> str:
-    """An absolute path; URLs, pipes and hub names stay as they are."""
-    return path if _URL.match(path) else os.path.abspath(os.path.expanduser(path))
+    """An absolute path; URLs, pipes and hub names stay as they are, `file:` and `local-dir:` stay in front."""
+    if _URL.match(path):
+        return path
+    match = _BEFORE_A_PATH.match(path)
+    start = match.end() if match else 0
+    return path[:start] + os.path.abspath(os.path.expanduser(path[start:]))
 
 
 def shown(path: str | os.PathLike[str]) -> str:

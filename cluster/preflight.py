@@ -55,7 +55,13 @@ def data_checks(config: AnyJob) -> Iterator[Check]:
             yield from _evaluation_data(evaluation, f"downstream.{position}.")
     else:
         yield from _evaluation_data(config, "")
-        yield from _backbone_checks(config)
+        if config.ckpt is None and not getattr(config, "also", ()):
+            yield Check(
+                "ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export, a .pth file or a timm model name"
+            )
+    for key, models in backbones(config).items():
+        for model in models:
+            yield _model_check(key, model)
 
 
 def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
@@ -63,20 +69,17 @@ def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
         value = getattr(config, key, None)
         if value is not None:
             yield shards_check(prefix + key, value)
+    arrays = getattr(config, "cifar10c", None)
+    if arrays is not None and not Path(arrays).is_dir():
+        remedy = "give the unpacked CIFAR-10-C, or leave it out"
+        yield Check(f"{prefix}cifar10c", "error", f"{prefix}cifar10c: no folder {shown(arrays)}; {remedy}")
 
 
-def _backbone_checks(config: AnyJob) -> Iterator[Check]:
-    several = backbones(config)
-    if not several:
-        yield Check("ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export, a .pth file or a timm model name")
-    yield from map(_backbone_check, several)
-
-
-def _backbone_check(ckpt: str) -> Check:
-    looks_like_path = ckpt.startswith((".", "/", "~")) or ckpt.endswith((".pth", ".pt", ".safetensors"))
-    if looks_like_path and not Path(ckpt).expanduser().exists():
-        return Check("ckpt", "error", f"ckpt: nothing at {shown(ckpt)}; `python cluster/launch.py list` shows all runs")
-    return Check("ckpt", "ok", f"backbone {shown(ckpt) if looks_like_path else ckpt}")
+def _model_check(key: str, model: str) -> Check:
+    looks_like_path = model.startswith((".", "/", "~")) or model.endswith((".pth", ".pt", ".safetensors"))
+    if looks_like_path and not Path(model).expanduser().exists():
+        return Check(key, "error", f"{key}: nothing at {shown(model)}; `python cluster/launch.py list` shows all runs")
+    return Check(key, "ok", f"{key}: {shown(model) if looks_like_path else model}")
 
 
 def shards_check(key: str, shards: str | Sequence[str]) -> Check:
@@ -241,11 +244,13 @@ def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[st
 
 
 def stop_on_missing_data(config: AnyJob) -> None:
-    """Raise if something that the job reads is not there: the first in full, the names of others."""
+    """Raise if something that the job reads is not there: the first with its remedy, the names of others."""
     errors = [check for check in data_checks(config) if check.level == "error"]
     if errors:
         names = list(dict.fromkeys(check.name for check in errors[1:]))
-        raise UserError(errors[0].text + (f"\n       missing as well: {', '.join(names)}" if names else ""))
+        finding, newline, remedy = errors[0].text.partition("\n")
+        others = f" (missing as well: {', '.join(names)})" if names else ""
+        raise UserError(finding + others + newline + remedy)
 
 
 def stop_on_errors(found: Sequence[Check]) -> None:

@@ -1,4 +1,4 @@
-"""Links of a run: what they are, what they wait for, which run again. Also snapshots and absolute paths."""
+"""Links of a run: what they are, what they wait for, which run again. Also snapshots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster import chain, snapshot
-from cluster.locate import located
 from cluster.state import State
 from cluster.submission import Record, Submission, new_submission
-from configs import AnyJob, LinearProbeConfig, PretrainConfig, dump
+from configs import LinearProbeConfig, PretrainConfig, dump
 from configs.cluster import Cluster
 
 
@@ -119,25 +118,10 @@ def test_a_snapshot_is_the_code_and_is_taken_once(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "code").iterdir()] == [first.name]
 
 
-def test_paths_become_absolute_and_names_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-
-    def at(made: AnyJob) -> PretrainConfig:
-        there = located(made)
-        assert isinstance(there, PretrainConfig)
-        return there
-
-    there = at(
-        config(data={"shards": ["a", "s3://b/c", "pipe:cat d"]}, downstream=[{"job": "linear_probe", "data": "e"}])
-    )
-    assert there.data.shards == (f"{tmp_path}/a", "s3://b/c", "pipe:cat d")
-    assert there.runs_dir == f"{tmp_path}/runs"
-    assert there.downstream[0].data == f"{tmp_path}/e"
-    assert there.model.name == "akorn_base_patch16_256"
-    probe = located(LinearProbeConfig(ckpt="weights"))
-    assert getattr(probe, "ckpt", None) == f"{tmp_path}/weights"
-    assert getattr(located(LinearProbeConfig(ckpt="resnet50")), "ckpt", None) == "resnet50"
+def test_models_that_evaluations_read() -> None:
+    assert chain.backbones(LinearProbeConfig(ckpt="a")) == {"ckpt": ("a",), "also": (), "transfer_from": ()}
+    named = chain.backbones(config(downstream=[{"job": "object_discovery", "also": ["b", "c"]}]))
+    assert {key: models for key, models in named.items() if models} == {"downstream.0.also": ("b", "c")}
 
 
 def test_inherited_resources_keep_what_was_set() -> None:

@@ -61,9 +61,9 @@ def test_the_first_missing_set_is_told_in_full_and_the_others_by_name() -> None:
     chain = [{"job": "linear_probe", "train": "nowhere/train", "data": "nowhere/val"}]
     with pytest.raises(UserError) as caught:
         preflight.stop_on_missing_data(config(downstream=chain))
-    lines = str(caught.value).splitlines()
-    assert "no shards at nowhere" in lines[0]
-    assert "downstream.0.train, downstream.0.data" in lines[-1]
+    first, second = str(caught.value).splitlines()
+    assert "no shards at nowhere (missing as well: downstream.0.train, downstream.0.data)" in first
+    assert "make them: python pretrain/make_shards.py" in second
 
 
 def test_a_full_disk_is_an_error_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
