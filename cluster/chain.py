@@ -123,14 +123,14 @@ def inherit(own: Cluster, run_cluster: Cluster) -> Cluster:
     return run_cluster.model_copy(update=one | set_keys)
 
 
-def missing(chain: Sequence[Link], past: Mapping[str, Submission], states: Mapping[str, State]) -> list[Link]:
+def missing(chain: Sequence[Link], past: Mapping[str, Submission], states: Mapping[Submission, State]) -> list[Link]:
     """The links that must be submitted: those that are neither under way nor finished as they are configured now, and
     those behind a link that runs again."""
     wanted: list[Link] = []
     again: set[str] = set()
     for link in chain:
         before = past.get(link.name)
-        state = states[before.folder.name].name if before else "lost"
+        state = states[before].name if before else "lost"
         behind = again & {*link.needs, *(link.after if link.name == REPORT else ())}
         done = state in WAITING or (state == "finished" and before is not None and not _changed(link, before))
         if behind or not done:
@@ -151,11 +151,11 @@ def _changed(link: Link, before: Submission) -> bool:
 
 
 def submit(
-    wanted: Sequence[Link], home: Path, past: Mapping[str, Submission], states: Mapping[str, State]
+    wanted: Sequence[Link], home: Path, past: Mapping[str, Submission], states: Mapping[Submission, State]
 ) -> list[Submission]:
     """Submit links in order, each waiting for those it needs that are submitted now or still under way."""
     code, commit = snapshot.take(home), snapshot.commit()
-    waiting_for = {name: old for name, old in past.items() if states[old.folder.name].name in WAITING}
+    waiting_for = {name: old for name, old in past.items() if states[old].name in WAITING}
     submitted: list[Submission] = []
     for link in wanted:
         resources = resolve(link.cluster)

@@ -39,18 +39,18 @@ def cancel(home: Path, *, now: bool) -> int:
     """
     links = list(latest(home).values())
     current = states(links)
-    under_way = [link for link in links if current[link.folder.name].name in WAITING]
+    under_way = [link for link in links if current[link].name in WAITING]
     if not under_way:
         raise UserError(f"{shown(home)}: nothing is queued or running; see python cluster/launch.py status {home.name}")
     for link in under_way:
         link.cancel_file.touch()
-        if current[link.folder.name].name == "running" and not now:
+        if current[link].name == "running" and not now:
             ask_to_stop(link)
         else:
             end_now(link)
     if not now:
         print("waiting for the save ...", flush=True)
-        _await_end([link for link in under_way if current[link.folder.name].name == "running"])
+        _await_end([link for link in under_way if current[link].name == "running"])
     for link in under_way:
         link.write_outcome("cancelled", "by request")
         print(f"{link.link}: cancelled")

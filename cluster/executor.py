@@ -98,9 +98,11 @@ def slurm_parameters(
 
 
 def _setup_lines(setup: Sequence[str], exports: Mapping[str, str]) -> list[str]:
-    # Without the trap the script would end with its job step at the time limit, before its last lines.
+    # Without the traps the script would end with its job step at the time limit, or by `scancel --signal=USR2 --full`,
+    # before its last lines.
     lines = [
         "trap terminated=1 TERM",
+        "trap : USR2",
         *setup,
         *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
     ]

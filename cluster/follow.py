@@ -18,10 +18,11 @@ from cluster.progress import RunReader, duration
 from cluster.state import WAITING, State, states
 from cluster.submission import Submission
 from cluster.tail import last_lines
+from configs import UserError
 
 # A plain line at most so often; what is news comes at once.
 _PLAIN_EVERY_S = 10.0
-_LOCAL_POLL_S, _SLURM_POLL_S = 0.3, 2.0
+_LOCAL_POLL_S, _SLURM_POLL_S, _OUTAGE_POLL_S = 0.3, 2.0, 10.0
 _LOG_LINES = 15
 _STARTING = "starting"
 
@@ -99,12 +100,12 @@ def _follow(home: Path, links: Sequence[Submission], steps: int | None, screen: 
     seen: dict[str, tuple[str, str]] = {}
     generations: dict[str, int] = {}
     while True:
-        now = states(links)
+        now = _states(links, screen)
         for line in reader.read():
             screen.say(line)
         for submission in links:
             _tell_lives(submission, generations, screen)
-            state = now[submission.folder.name]
+            state = now[submission]
             if state.name == "running":
                 _show_running(submission, reader, screen)
             else:
@@ -113,9 +114,22 @@ def _follow(home: Path, links: Sequence[Submission], steps: int | None, screen: 
                 seen[submission.link] = (state.name, state.detail)
                 _tell_state(submission, state, reader, screen)
         if all(state.name not in WAITING for state in now.values()):
-            return {submission.link: now[submission.folder.name] for submission in links}
+            return {submission.link: now[submission] for submission in links}
         on_slurm = any((record := link.record()) is not None and record.executor == "slurm" for link in links)
         time.sleep(_SLURM_POLL_S if on_slurm else _LOCAL_POLL_S)
+
+
+def _states(links: Sequence[Submission], screen: Screen) -> dict[Submission, State]:
+    """States of the links; while SLURM's controller does not answer, the last resort is patience."""
+    told = False
+    while True:
+        try:
+            return states(links)
+        except UserError as error:
+            if not told:
+                screen.say(f"{error}\nasking again; the job needs no answer to go on, and Ctrl-C ends only this view")
+                told = True
+            time.sleep(_OUTAGE_POLL_S)
 
 
 def _show_running(submission: Submission, reader: RunReader, screen: Screen) -> None:

@@ -72,7 +72,9 @@ def check_folder(config: AnyJob, home: Path) -> list[Change]:
     return check_resume(moved, config, shown(home))
 
 
-def what_is_missing(links: Sequence[Link], home: Path) -> tuple[list[Link], dict[str, Submission], dict[str, State]]:
+def what_is_missing(
+    links: Sequence[Link], home: Path
+) -> tuple[list[Link], dict[str, Submission], dict[Submission, State]]:
     """Links to submit, the last submissions of all links, and their states.
 
     Raises:
@@ -82,7 +84,7 @@ def what_is_missing(links: Sequence[Link], home: Path) -> tuple[list[Link], dict
     past = {name: one for name, one in latest(home).items() if name in names}
     now = states(past.values())
     wanted = chain.missing(links, past, now)
-    running = [(name, now[past[name].folder.name]) for name in past if now[past[name].folder.name].name in WAITING]
+    running = [(name, now[past[name]]) for name in past if now[past[name]].name in WAITING]
     is_pretrain_alive = any(name == PRETRAIN for name, _ in running)
     if running and (is_pretrain_alive or not wanted):
         name, state = running[0]
@@ -95,7 +97,7 @@ def what_is_missing(links: Sequence[Link], home: Path) -> tuple[list[Link], dict
 
 
 def submit(
-    config: AnyJob, home: Path, wanted: Sequence[Link], past: Mapping[str, Submission], now: Mapping[str, State]
+    config: AnyJob, home: Path, wanted: Sequence[Link], past: Mapping[str, Submission], now: Mapping[Submission, State]
 ) -> list[Submission]:
     """Prepare the folder and hand over what is missing."""
     fetch_weights(config)
@@ -109,7 +111,7 @@ def submit(
         if isinstance(config, PretrainConfig):
             write_atomically(home / "config.yaml", dump(config))
         for link in wanted:
-            if link.name in past and now[past[link.name].folder.name].name in WAITING:
+            if link.name in past and now[past[link.name]].name in WAITING:
                 control.end_now(past[link.name])
         return chain.submit(wanted, home, past, now)
 
@@ -182,9 +184,6 @@ def watch(home: Path, submitted: Sequence[Submission] | None = None) -> int:
         if submitted is None:
             return 0
         return _interrupted(home, links)
-    except UserError as error:
-        print(f"no longer following: {error}\nthe job goes on; see python cluster/launch.py status {home.name}")
-        return 0
     if all(state.name == "finished" for state in final.values()):
         point_to_results(home, links)
         return 0

@@ -15,17 +15,22 @@ if __package__ in (None, ""):
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from cluster import slurm
 from cluster.submission import Submission
 from cluster.tail import last_lines
-from configs.errors import run
+from configs.errors import UserError, run
+
+Answer = TypeVar("Answer")
 
 # Exit code of a rank that saved its state because it was told to end, and wants to go on later. 75 is the watchdog's.
 PREEMPTED = 85
+# A controller that is away (restart, fail-over) is waited for so long, and asked so often.
+_CONTROLLER_PATIENCE_S, _ASK_AGAIN_S = 3600, 10
 _CAUSE = re.compile(r"srun: error: (\S+: tasks? [\d,-]+: (?!Terminated).*)")
 
 
@@ -81,10 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     submission = Submission(arguments.submission)
     life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    verdict = _judge(submission, life, arguments.code, terminated=arguments.terminated)
+    objection = _patiently(lambda: slurm.why_not_requeue(slurm_job_id(), life))
+    verdict = Verdict("over", objection) if objection else _judge(submission, life, arguments)
     print(f"[end of generation {submission.generation(life)}] {verdict.action}: {verdict.reason}", flush=True)
     if verdict.action == "restart":
-        slurm.requeue(slurm_job_id())
+        _patiently(lambda: slurm.requeue(slurm_job_id()))
     elif verdict.action == "failed":
         submission.write_outcome("failed", verdict.reason)
     elif verdict.reason == "cancelled":
@@ -110,21 +116,34 @@ def _cause(submission: Submission, job_id: str, code: int) -> str:
     return f"exit code {code} in SLURM job {job_id}"
 
 
-def _judge(submission: Submission, life: int, code: int, *, terminated: bool) -> Verdict:
-    """The verdict on this life, and whether it is still this life's business."""
-    job_id = slurm_job_id()
-    objection = slurm.why_not_requeue(job_id, life)
-    if objection is not None:
-        return Verdict("over", objection)
+def _judge(submission: Submission, life: int, arguments: argparse.Namespace) -> Verdict:
+    """The verdict on a life that is still this script's business."""
     record = submission.record()
-    exits = "time limit, before all ranks had saved" if terminated else _cause(submission, job_id, code)
+    cause = _cause(submission, slurm_job_id(), arguments.code)
     return decide(
         submission,
         submission.generation(life),
-        exits,
-        preempted=code == PREEMPTED,
+        "time limit, before all ranks had saved" if arguments.terminated else cause,
+        preempted=arguments.code == PREEMPTED,
         max_restarts=record.max_restarts if record else 0,
     )
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """SLURM's answer, asked for again while its controller is away (a restart, a fail-over).
+
+    Raises:
+        UserError: it stays away for longer than an hour.
+    """
+    end = time.monotonic() + _CONTROLLER_PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except UserError as error:
+            if time.monotonic() > end:
+                raise
+            print(f"{error}; asking again in {_ASK_AGAIN_S} s", flush=True)
+            time.sleep(_ASK_AGAIN_S)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ class State:
 
 def state_of(submission: Submission) -> State:
     """The state of one submission."""
-    return states([submission])[submission.folder.name]
+    return states([submission])[submission]
 
 
-def states(wanted: Iterable[Submission]) -> dict[str, State]:
-    """States of several submissions by the names of their folders, asking SLURM once."""
+def states(wanted: Iterable[Submission]) -> dict[Submission, State]:
+    """States of several submissions, also of several runs, asking SLURM once."""
     records = {submission: submission.record() for submission in wanted}
     open_ids = [
         record.job_id
@@ -46,7 +46,7 @@ def states(wanted: Iterable[Submission]) -> dict[str, State]:
         if record and record.executor == "slurm" and submission.outcome() is None
     ]
     entries = slurm.queue(open_ids)
-    return {submission.folder.name: _state(submission, record, entries) for submission, record in records.items()}
+    return {submission: _state(submission, record, entries) for submission, record in records.items()}
 
 
 def _state(submission: Submission, record: Record | None, entries: Mapping[str, slurm.QueueEntry]) -> State:

@@ -72,7 +72,7 @@ def run_rows(home: Path) -> list[Row]:
     """A line for each link of a run: state, where, progress, restarts."""
     links = latest(home)
     now = states(links.values())
-    return [_link_row(submission, now[submission.folder.name]) for submission in links.values()]
+    return [_link_row(submission, now[submission]) for submission in links.values()]
 
 
 def _link_row(submission: Submission, state: State) -> Row:
@@ -95,20 +95,19 @@ def last_event(home: Path) -> str:
 
 def list_rows(runs_dir: str) -> list[Row]:
     """A line for each run: how far it is."""
-    return [_home_row(home) for home in homes(runs_dir)]
+    runs = {home: list(latest(home).values()) for home in homes(runs_dir)}
+    now = states(submission for links in runs.values() for submission in links)
+    return [_home_row(home, [(link, now[link]) for link in links]) for home, links in runs.items()]
 
 
-def _home_row(home: Path) -> Row:
-    links = latest(home)
+def _home_row(home: Path, links: Sequence[tuple[Submission, State]]) -> Row:
     if not links:
         return Row((shown(home), "lost", "", "never submitted"), "red")
-    now = [states([submission])[submission.folder.name] for submission in links.values()]
     order = ("failed", "lost", "running", "queued", "stopped", "cancelled", "finished")
-    worst = min(now, key=lambda state: order.index(state.name))
-    link = list(links)[now.index(worst)]
+    link, worst = min(links, key=lambda pair: order.index(pair[1].name))
     progress = progress_of(home)
     text = progress.text() if progress.figures else ""
-    return Row((shown(home), worst.name, link, text), _STYLES.get(worst.name, ""))
+    return Row((shown(home), worst.name, link.link, text), _STYLES.get(worst.name, ""))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Row]) -> None:

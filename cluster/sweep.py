@@ -107,7 +107,7 @@ def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> in
         restarts = config.resilience.max_restarts
         executor.record(training, resources, job=PRETRAIN, job_id=job_id, code=code, max_restarts=restarts)
         links = chain.links(config, home, in_sequence=False)[1:]
-        chain.submit(links, home, {PRETRAIN: training}, {training.folder.name: State("queued")})
+        chain.submit(links, home, {PRETRAIN: training}, {training: State("queued")})
         print(f"{shown(home)}: SLURM job {job_id}" + (f" and {len(links)} after it" if links else ""))
     print(f"follow: python cluster/launch.py list --runs-dir {shown(homes[0].parent)}")
     return 0

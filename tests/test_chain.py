@@ -91,14 +91,14 @@ def test_only_what_broke_and_what_lies_behind_it_runs_again(
 ) -> None:
     links = chain.links(config(), tmp_path, in_sequence=False)
     before = past(tmp_path, links)
-    states = {one.folder.name: State(broken.get(name, "finished")) for name, one in before.items()}  # type: ignore[arg-type]
+    states = {one: State(broken.get(name, "finished")) for name, one in before.items()}  # type: ignore[arg-type]
     assert [link.name for link in chain.missing(links, before, states)] == again
 
 
 def test_what_is_configured_otherwise_runs_again(tmp_path: Path) -> None:
     links = chain.links(config(downstream=[{"job": "linear_probe"}]), tmp_path, in_sequence=False)
     before = past(tmp_path, links)
-    states = {one.folder.name: State("finished") for one in before.values()}
+    states = {one: State("finished") for one in before.values()}
 
     def missing(**changes: object) -> list[str]:
         now = chain.links(config(**changes), tmp_path, in_sequence=False)

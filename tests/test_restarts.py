@@ -9,6 +9,7 @@ import pytest
 from cluster import restarts, slurm
 from cluster.restarts import decide, stuck
 from cluster.submission import Record, Submission, new_submission
+from configs import UserError
 
 
 @pytest.fixture
@@ -100,6 +101,28 @@ def test_the_batch_scripts_last_lines(
     assert restarts.main([str(submission.folder), *arguments]) == int(arguments[0])
     assert asked == (["77"] if requeued else [])
     assert submission.outcome() is None
+
+
+def test_a_controller_that_is_away_is_waited_for(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(job_id: str) -> slurm.JobFacts:
+        asked.append(job_id)
+        if len(asked) < 3:
+            raise UserError("Unable to contact slurm controller")
+        return slurm.JobFacts("RUNNING", "None", 0)
+
+    requeued: list[str] = []
+    monkeypatch.setattr(slurm, "facts_of", answer)
+    monkeypatch.setattr(slurm, "requeue", requeued.append)
+    monkeypatch.setattr(restarts, "_ASK_AGAIN_S", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    restarts.main([str(submission.folder), "137"])
+    assert (len(asked), requeued) == (3, ["77"])
+    monkeypatch.setattr(restarts, "_CONTROLLER_PATIENCE_S", -1)
+    asked.clear()
+    with pytest.raises(UserError, match="Unable to contact"):
+        restarts.main([str(submission.folder), "137"])
 
 
 def test_a_task_of_an_array_requeues_only_itself(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
