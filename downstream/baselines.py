@@ -20,6 +20,7 @@ from downstream.metrics import IGNORE
 from downstream.samples import Scene
 
 MAX_POINTS = 256  # pixels per cluster that k-means learns from
+PIXEL_RESTARTS = 10
 
 
 def colour(scene: Scene, clusters: int, *, seed: int = 0) -> Tensor:
@@ -95,7 +96,7 @@ def _pixel_kmeans(values: Tensor, clusters: int, seed: int) -> Tensor:
     for image in values.permute(0, 2, 3, 1).reshape(images, -1, channels).numpy():
         rng = np.random.default_rng(seed)
         points = image if len(image) <= MAX_POINTS * clusters else rng.choice(image, MAX_POINTS * clusters, axis=0)
-        centres = kmeans.train(points, min(clusters, len(points)), restarts=3, seed=seed)
+        centres = kmeans.train(points, min(clusters, len(points)), restarts=PIXEL_RESTARTS, seed=seed)
         labels.append(kmeans.assign(image, centres).reshape(height, width))
     return torch.from_numpy(np.stack(labels))
 

@@ -1,6 +1,6 @@
 """k-means by faiss: the tokens of each image by themselves, or those of a whole data set (a codebook).
 
-Owns: seeds, restarts, and the treatment of images with fewer distinct tokens than clusters.
+Owns: seeds (k-means++), restarts, and the treatment of images with fewer distinct tokens than clusters.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def train(points: np.ndarray, clusters: int, *, iterations: int = 25, restarts: 
         return points.mean(0, keepdims=True)
     search = faiss.Kmeans(
         points.shape[1], clusters, niter=iterations, nredo=restarts, seed=seed + 1,
+        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         min_points_per_centroid=1, max_points_per_centroid=max(256, -(-len(points) // clusters)),
         gpu=faiss.get_num_gpus() > 0 and len(points) > 100_000,
     )  # fmt: skip
