@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.tail import as_row
 from configs import UserError
 
 Status = Literal["finished", "failed", "cancelled", "stopped"]
@@ -46,12 +47,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that is still being written is left out."""
+    """The objects of a JSON-lines file, without fragments: a line that is being written, or that a full disk cut off."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+    return [row for line in lines if line.endswith(b"\n") and (row := as_row(line)) is not None]
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

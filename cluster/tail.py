@@ -35,10 +35,10 @@ class JsonTail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [row for line in whole.splitlines() if (row := _row(line)) is not None]
+        return [row for line in whole.splitlines() if (row := as_row(line)) is not None]
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def as_row(line: bytes) -> dict[str, Any] | None:
     """One row, or None for a fragment (a cut in the middle of what was read before)."""
     try:
         row = json.loads(line)
@@ -56,7 +56,7 @@ def last_row(path: Path) -> dict[str, Any] | None:
 def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
     """The newest `count` whole rows, oldest first."""
     lines = last_lines(path, count + 1)
-    return [row for line in lines if (row := _row(line.encode())) is not None][-count:]
+    return [row for line in lines if (row := as_row(line.encode())) is not None][-count:]
 
 
 def last_lines(path: Path, count: int) -> list[str]:

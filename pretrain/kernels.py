@@ -47,7 +47,9 @@ def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path) -
         record = run_dir / RECORD
         rows = choose(backbone, compute, ranks.device, recorded=read(record))
         if rows:
-            record.write_text(json.dumps(rows, indent=1) + "\n")
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(rows, indent=1) + "\n")
+            partial.replace(record)  # a life killed here must not leave half a table to the next
         for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
             print(note, file=sys.stderr)
     rows = broadcast_json(rows, ranks)
