@@ -52,6 +52,9 @@ class Encoder:
     ) -> None:
         network: Any = model.eval().requires_grad_(False).to(device)
         self.model = network
+        for module in network.modules():  # up to twice as fast with channels last, on CPUs and GPUs
+            if isinstance(module, nn.Conv2d) and not self.has_oscillators:
+                module.to(memory_format=torch.channels_last)
         self.name, self.layer, self.device, self.precision = name, layer, torch.device(device), precision
         self.patch = _pixels_per_token(self.model, layer)
         self.side = None if side is None else max(1, round(side / self.patch)) * self.patch
