@@ -6,6 +6,7 @@ through submitit (executor.py).
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -62,6 +63,7 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
+@functools.cache  # each link of a run asks, and a busy controller takes its time
 def available() -> bool:
     """Whether this machine belongs to a SLURM cluster: its commands are there and know a configuration.
 
@@ -164,9 +166,8 @@ def send_usr2(job_id: str) -> None:
 
 def partitions(name: str | None = None) -> list[Partition]:
     """The partitions of this cluster (only `name`, or the default one if None), merged over their kinds of nodes."""
-    form = "%P|%a|%l|%D|%c|%m|%G"
     found: dict[str, Partition] = {}
-    for line in _output("sinfo", "--noheader", f"--format={form}").splitlines():
+    for line in _nodes().splitlines():
         label, up, limit, nodes, cpus, memory, gres = line.split("|")
         key = label.rstrip("*")
         if (name is None and not label.endswith("*")) or (name is not None and key != name):
@@ -185,6 +186,12 @@ def partitions(name: str | None = None) -> list[Partition]:
             gpus=gpus,
         )
     return list(found.values())
+
+
+@functools.cache
+def _nodes() -> str:
+    """A line for each partition and kind of node."""
+    return _output("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G")
 
 
 def names_of_partitions() -> list[str]:

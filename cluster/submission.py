@@ -47,7 +47,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without fragments: a line that is being written, or that a full disk cut off."""
+    """The objects of a JSON-lines file, without fragments: a line that is being written, or was cut by a full disk."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:

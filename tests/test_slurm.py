@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,17 @@ from configs import UserError
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins for SLURM's commands, alone on PATH."""
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of stand-ins for SLURM's commands, first on PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    return tmp_path
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    slurm.available.cache_clear()
+    slurm._nodes.cache_clear()
 
 
 def put(folder: Path, name: str, output: str, code: int = 0) -> None:
@@ -75,8 +83,10 @@ def test_slurm_is_not_there_without_a_configuration(command: Path) -> None:
     put(command, "sbatch", "")
     put(command, "scontrol", "", 1)
     assert not slurm.available()
+    forget()
     put(command, "scontrol", "Slurmctld(primary) at ctl is UP")
     assert slurm.available()
+    forget()
     put(command, "scontrol", "Slurmctld(primary) at ctl is DOWN", 1)
     with pytest.raises(UserError, match="does not answer"):
         slurm.available()
