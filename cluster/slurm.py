@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs import UserError
 
@@ -85,9 +85,14 @@ def queue(job_ids: Iterable[str]) -> dict[str, QueueEntry]:
     wanted = sorted(set(job_ids))
     if not wanted:
         return {}
-    entries = _accounting(wanted)
     # squeue knows better while a job is there: accounting lags behind, and after a node failure it says that the job
-    # is over although it waits to run again.
+    # is over although it waits to run again. When squeue has forgotten a job, nothing more will come of it.
+    entries = {
+        key: replace(entry, state=f"{entry.state} and has it no longer in the queue")
+        if entry.state in (*RUNNING, *QUEUED)
+        else entry
+        for key, entry in _accounting(wanted).items()
+    }
     form = "%i|%F_%K|%T|%r|%N"
     command = ["squeue", "--noheader", "--array", "--states=all", f"--format={form}"]
     try:

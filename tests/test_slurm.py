@@ -45,9 +45,10 @@ def test_gpus_by_type() -> None:
 
 
 def test_the_queue_knows_better_than_accounting(command: Path) -> None:
-    put(command, "sacct", "7|NODE_FAIL|n[1-2]\n8|CANCELLED by 0|n1\n9|COMPLETED|n1")
+    put(command, "sacct", "6|PREEMPTED|n1\n7|NODE_FAIL|n[1-2]\n8|CANCELLED by 0|n1\n9|COMPLETED|n1")
     put(command, "squeue", "7|7_N/A|PENDING|BeginTime|")
-    found = slurm.queue(["7", "8", "9"])
+    found = slurm.queue(["6", "7", "8", "9"])
+    assert found["6"].state == "PREEMPTED and has it no longer in the queue"  # for good (PreemptMode=CANCEL)
     assert found["7"] == slurm.QueueEntry("PENDING", "BeginTime", "")
     assert found["8"].state == "CANCELLED"
     assert found["9"].state == "COMPLETED"
