@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A part of a configuration. Unknown keys are errors, values are never coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    # defer_build: a launch validates one or two of the schemas, and building all takes a third of its time.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, defer_build=True)
 
     # True: a resumed run may change the keys of this section, since they decide how the training is computed or
     # watched and not what is computed. False: they define the training.
