@@ -76,9 +76,9 @@ class Desk:
     def await_step(self, name: str, step: int, seconds: float = PATIENCE_S) -> None:
         nodes.wait_for(f"step {step} of {name}", lambda: len(self.rows(name)) >= step, seconds)
 
-    def await_end(self, name: str, seconds: float = 3 * PATIENCE_S) -> Outcome:
-        submission = self.training(name)
-        nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, seconds)
+    def await_end(self, name: str, link: str = "pretrain") -> Outcome:
+        submission = latest(self.home(name))[link]
+        nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, 3 * PATIENCE_S)
         outcome = submission.outcome()
         assert outcome is not None
         return outcome
@@ -114,3 +114,34 @@ def undisturbed(desk: Desk) -> Path:
     """The tiny training's run when nothing happens to it."""
     desk.launch("tiny.yaml", "name=undisturbed")
     return desk.home("undisturbed")
+
+
+@pytest.fixture
+def healed(desk: Desk) -> Iterator[None]:
+    """Afterwards all nodes are in order."""
+    yield
+    nodes.heal()
+
+
+def begin(desk: Desk, name: str, *overrides: str) -> str:
+    """Submit the training and wait until it is well under way. Returns the job id."""
+    desk.launch("tiny.yaml", f"name={name}", *overrides, "--detach")
+    desk.await_step(name, 15)
+    return desk.job_id(name)
+
+
+def check(desk: Desk, name: str, undisturbed: Path, *, lives: int = 2) -> None:
+    """The run finished, has each step once, and ended with the same weights."""
+    outcome = desk.await_end(name)
+    assert outcome.status == "finished", outcome
+    assert [row["step"] for row in desk.rows(name)] == list(range(1, STEPS + 1))
+    last = desk.training(name).lives()[-1]["generation"]
+    assert last >= desk.training(name).generation(lives - 1)
+    assert _tensors_of(desk.home(name)) == _tensors_of(undisturbed)
+
+
+def _tensors_of(home: Path) -> dict[str, bytes]:
+    """Weights, averages and moments of the last checkpoint, and the export, byte for byte."""
+    files = sorted((home / "checkpoints" / f"step_{STEPS:08d}").glob("*.safetensors"))
+    assert files
+    return {path.name: path.read_bytes() for path in [*files, home / "export" / "model.safetensors"]}

@@ -58,11 +58,23 @@ def fault(command: str, node: str) -> None:
     )
 
 
-def heal() -> None:
-    """Bring back all nodes, and end what still runs on them."""
+def start_all() -> None:
+    """Bring back all nodes that are gone."""
     for node in NODES:
         fault("start", node)
+
+
+def heal() -> None:
+    """Bring back all nodes, and end what still runs on them."""
+    start_all()
     command("scancel", "--user=root")
+
+
+def controller(command: str) -> None:
+    """kill or start slurmctld."""
+    subprocess.run(
+        ["bash", str(SCRIPTS / "up.sh"), f"{command}-controller"], env=_own_environment(), check=True, timeout=90
+    )
 
 
 def _own_environment() -> dict[str, str]:
@@ -92,8 +104,12 @@ def minutes_run(job_id: str) -> int:
     return int(hours) * 60 + int(minutes)
 
 
-def ranks(job_id: str) -> Iterator[tuple[int, int]]:
-    """Process id and rank of each process of a job that is a rank (not srun, not a loader worker)."""
+def ranks(job_id: str, life: int | None = None) -> Iterator[tuple[int, int]]:
+    """Process id and rank of each process of a job that is a rank (not srun, not a loader worker).
+
+    Args:
+        life: only those of the life-th start of the job, from 0.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
@@ -103,13 +119,14 @@ def ranks(job_id: str) -> Iterator[tuple[int, int]]:
         except OSError:
             continue
         mine = variables.get(b"SLURM_JOB_ID") == job_id.encode() and b"SLURM_PROCID" in variables
-        if mine and b"submitit.core._submit" in arguments and b"python" in arguments[0]:
+        started = int(variables.get(b"SLURM_RESTART_COUNT", b"0"))
+        if mine and life in (None, started) and b"submitit.core._submit" in arguments and b"python" in arguments[0]:
             yield int(folder.name), int(variables[b"SLURM_PROCID"])
 
 
-def kill_rank(job_id: str, rank: int) -> None:
+def kill_rank(job_id: str, rank: int, life: int | None = None) -> None:
     """kill -9 of one rank."""
-    (pid,) = (pid for pid, number in ranks(job_id) if number == rank)
+    (pid,) = (pid for pid, number in ranks(job_id, life) if number == rank)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -121,6 +138,12 @@ def send(pids: Iterable[int], number: signal.Signals) -> list[int]:
             os.kill(pid, number)
             there.append(pid)
     return there
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process that is stopped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:

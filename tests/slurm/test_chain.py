@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from cluster.state import state_of
 from cluster.submission import latest
 from tests.slurm import nodes
-from tests.slurm.conftest import Desk
+from tests.slurm.conftest import STEPS, Desk
+from tests.slurm.moments import strike
 
 pytestmark = pytest.mark.slurm
 
@@ -40,8 +42,7 @@ def test_the_chain_finishes_from_one_command_and_goes_on_where_it_broke(desk: De
     record = probe.record()
     assert record is not None
     nodes.command("scancel", record.job_id)  # killed for good while it waits
-    report = latest(home)["report"]
-    nodes.wait_for("the report", lambda: report.outcome() is not None, 600)
+    desk.await_end("chain", "report")
     states = {name: state_of(one).name for name, one in latest(home).items()}
     assert states == {
         "pretrain": "finished",
@@ -57,34 +58,43 @@ def test_the_chain_finishes_from_one_command_and_goes_on_where_it_broke(desk: De
     assert "linear_probe" in (home / "report.html").read_text()
 
 
-def test_an_evaluation_on_two_nodes_equals_one_process(desk: Desk, undisturbed: None) -> None:
+def test_an_evaluation_on_two_nodes_equals_one_process(desk: Desk, undisturbed: Path, healed: None) -> None:
+    """At the same time as one on one process, and although a rank is killed and then a node dies."""
     (desk.folder / "discover.yaml").write_text(
         "job: object_discovery\nckpt: runs/undisturbed\ndata: shards\n"
         + SMALL.replace(", ", "\n").replace("\n[", ", [")
     )
-    for name, size in (("one", (1, 1)), ("four", (2, 2))):
-        cluster = [
-            "cluster.executor=slurm",
-            f"cluster.nodes={size[0]}",
-            f"cluster.processes={size[1]}",
-            "cluster.gpus=0",
-        ]
-        desk.launch("discover.yaml", f"name={name}", *cluster)
-    one, four = (
-        json.loads((desk.home("undisturbed") / "downstream" / name / "results.json").read_text())
-        for name in ("one", "four")
-    )
-    assert one["models"] == four["models"]
+    for name, size in (("four", 2), ("one", 1)):
+        cluster = ["cluster.executor=slurm", f"cluster.nodes={size}", f"cluster.processes={size}", "cluster.gpus=0"]
+        desk.launch("discover.yaml", f"name={name}", *cluster, "--detach")
+    started = latest(undisturbed)
+    strike(started["four"], 0, "importing", "kill last")
+    strike(started["four"], 1, "importing", "crash second")
+    results = {}
+    for name in ("one", "four"):
+        assert desk.await_end("undisturbed", name).status == "finished"
+        results[name] = json.loads((undisturbed / "downstream" / name / "results.json").read_text())
+    assert results["one"]["models"] == results["four"]["models"]
+    assert len(started["four"].failures()) == 1
 
 
-def test_a_sweep_is_one_array(desk: Desk) -> None:
-    said = desk.launch("tiny.yaml", "name=sweep", "steps=10", "--sweep", "optimizer.lr=1e-3,1e-4").stdout
-    assert "sweep_lr-1e-4" in said
-    jobs = [desk.job_id(f"sweep_lr-{value}") for value in ("1e-3", "1e-4")]
+def test_a_sweep_is_one_array(desk: Desk, healed: None) -> None:
+    """Of its tasks one is told to save, and of another a rank is killed: each goes on by itself."""
+    small = ["cluster.nodes=1", "cluster.processes=2"]
+    said = desk.launch("tiny.yaml", "name=sweep", *small, "--sweep", "optimizer.lr=1e-3,1e-4").stdout
+    runs = [f"sweep_lr-{value}" for value in ("1e-3", "1e-4")]
+    assert all(run in said for run in runs)
+    jobs = [desk.job_id(run) for run in runs]
     assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
-    for value in ("1e-3", "1e-4"):
-        assert desk.await_end(f"sweep_lr-{value}").status == "finished"
-    first, second = (desk.rows(f"sweep_lr-{value}")[-1]["loss"] for value in ("1e-3", "1e-4"))
+    for run in runs:
+        desk.await_step(run, 5)
+    nodes.command("scancel", "--signal=USR2", jobs[0])
+    nodes.kill_rank(nodes.command("squeue", "-h", "-j", jobs[1], "-o", "%A"), 1)
+    for run in runs:
+        assert desk.await_end(run).status == "finished"
+        assert [row["step"] for row in desk.rows(run)] == list(range(1, STEPS + 1))
+        assert len(desk.training(run).lives()) == 2
+    first, second = (desk.rows(run)[-1]["loss"] for run in runs)
     assert first != second
 
 

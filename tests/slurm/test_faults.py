@@ -7,48 +7,28 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm import nodes
-from tests.slurm.conftest import PATIENCE_S, STEPS, Desk
+from tests.slurm.conftest import PATIENCE_S, STEPS, Desk, begin, check
 
-pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(autouse=True)
-def healed(desk: Desk) -> Iterator[None]:
-    """Every test leaves all nodes in order."""
-    yield
-    nodes.heal()
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("healed")]
 
 
-def begin(desk: Desk, name: str, *overrides: str) -> str:
-    """Submit the training and wait until it is well under way. Returns the job id."""
-    desk.launch("tiny.yaml", f"name={name}", *overrides, "--detach")
-    desk.await_step(name, 15)
-    return desk.job_id(name)
+def test_short_signal(desk: Desk) -> None:
+    """The short form: two processes on two nodes, beside an undisturbed run of the same."""
+    for name in ("short", "quiet"):
+        desk.launch("tiny.yaml", f"name={name}", "cluster.processes=1", "--detach")
+    desk.await_step("short", 5)
+    nodes.command("scancel", "--signal=USR2", desk.job_id("short"))
+    assert desk.await_end("quiet").status == "finished"
+    check(desk, "short", desk.home("quiet"))
+    assert desk.training("short").failures() == []
 
 
-def tensors_of(home: Path) -> dict[str, bytes]:
-    """Weights, averages and moments of the last checkpoint, and the export, byte for byte."""
-    files = sorted((home / "checkpoints" / f"step_{STEPS:08d}").glob("*.safetensors"))
-    assert files
-    return {path.name: path.read_bytes() for path in [*files, home / "export" / "model.safetensors"]}
-
-
-def check(desk: Desk, name: str, undisturbed: Path, *, lives: int = 2) -> None:
-    """The run finished, has each step once, and ended with the same weights."""
-    outcome = desk.await_end(name)
-    assert outcome.status == "finished", outcome
-    assert [row["step"] for row in desk.rows(name)] == list(range(1, STEPS + 1))
-    assert len(desk.training(name).lives()) >= lives
-    assert tensors_of(desk.home(name)) == tensors_of(undisturbed)
-
-
-def test_short_signal(desk: Desk, undisturbed: Path) -> None:
+def test_signal(desk: Desk, undisturbed: Path) -> None:
     nodes.command("scancel", "--signal=USR2", begin(desk, "signal"))
     check(desk, "signal", undisturbed)
     assert desk.training("signal").failures() == []
@@ -57,11 +37,26 @@ def test_short_signal(desk: Desk, undisturbed: Path) -> None:
 def test_time_limit(desk: Desk, undisturbed: Path) -> None:
     """The limit comes near while it trains: it saves in time."""
     job = begin(desk, "limit", "cluster.signal_s=60")
+    ranks = nodes.send([pid for pid, _ in nodes.ranks(job)], signal.SIGSTOP)  # or they might be done before the limit
     nodes.command("scontrol", "update", f"JobId={job}", f"TimeLimit={nodes.minutes_run(job) + 1}")
+    nodes.wait_for("the signal", lambda: all(nodes.is_pending(pid, signal.SIGUSR2) for pid in ranks), 120)
+    nodes.send(ranks, signal.SIGCONT)
     nodes.wait_for("the second life", lambda: len(desk.training("limit").lives()) == 2, PATIENCE_S)
     nodes.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # a slow machine must not need many lives
     check(desk, "limit", undisturbed)
     assert desk.training("limit").failures() == []
+
+
+def test_time_limit_before_all_had_saved(desk: Desk, undisturbed: Path) -> None:
+    """Ranks that do not answer are killed at the limit, and the batch script asks for the next life."""
+    job = begin(desk, "stopped")
+    nodes.send([pid for pid, _ in nodes.ranks(job)], signal.SIGSTOP)
+    nodes.command("scontrol", "update", f"JobId={job}", f"TimeLimit={nodes.minutes_run(job) + 1}")
+    nodes.wait_for("the second life", lambda: len(desk.training("stopped").lives()) == 2, PATIENCE_S)
+    nodes.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    check(desk, "stopped", undisturbed)
+    (failure,) = desk.training("stopped").failures()
+    assert "time limit" in failure["exits"]
 
 
 def test_preemption_by_a_higher_partition(desk: Desk, undisturbed: Path) -> None:
@@ -114,6 +109,19 @@ def test_unplugged_network(desk: Desk, undisturbed: Path, position: int) -> None
     name = f"unplugged{position}"
     nodes.fault("unplug", nodes.nodes_of(begin(desk, name))[position])
     check(desk, name, undisturbed)
+
+
+def test_controller_away_while_a_rank_is_killed(desk: Desk, undisturbed: Path) -> None:
+    """The batch script asks until slurmctld is back, and `launch.py status` says what is wrong."""
+    job = begin(desk, "headless")
+    nodes.controller("kill")
+    nodes.kill_rank(job, 1)
+    said = desk.launch("status", "headless", check=False)
+    assert (said.returncode, "slurm controller" in said.stderr) == (2, True)
+    log = desk.training("headless").submitit_folder / f"{job}_0_log.out"
+    nodes.wait_for("the batch script's question", lambda: "asking again" in log.read_text(), PATIENCE_S)
+    nodes.controller("start")
+    check(desk, "headless", undisturbed)
 
 
 def test_resume_after_the_run_was_cancelled(desk: Desk, undisturbed: Path) -> None:

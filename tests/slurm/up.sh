@@ -10,6 +10,7 @@
 #   up.sh crash 2         # node n2 dies at once, slurmd, tasks and all (power cut)
 #   up.sh kill-slurmd 2   # only its slurmd dies; the tasks run on
 #   up.sh unplug 2 / plug 2   # netns mode: its network goes away / comes back
+#   up.sh kill-controller / start-controller   # slurmctld goes away / comes back with what it had saved
 #   up.sh start 2         # brings n2 back after crash or kill-slurmd, waits until SLURM uses it
 # Everything else (file system, users, python) is shared with the host.
 set -euo pipefail
@@ -43,7 +44,7 @@ install_packages() {
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; policy=1
   fi
   mkdir -p "$ROOT"
-  { DEBIAN_FRONTEND=noninteractive apt-get update -q &&
+  { DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=0 -o Acquire::http::Timeout=15 update -q &&
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
   } >"$ROOT/apt.log" 2>&1 || { tail -n 20 "$ROOT/apt.log" >&2; exit 1; }
   [ $policy = 1 ] && rm -f /usr/sbin/policy-rc.d
@@ -350,4 +351,9 @@ main() {
   wait_idle 40 || { say "nodes not idle:"; SLURM_CONF=$ROOT/etc/slurm.conf sinfo -N -l >&2 || true; tail -n 5 "$ROOT"/log/*.log >&2; exit 1; }
   say "up ($PARAMS): . $ROOT/env.sh"
 }
-if [ $# -gt 0 ]; then node_cmd "$@"; else main; fi
+case ${1:-} in
+  '') main ;;
+  kill-controller) kill -KILL "$(cat "$ROOT/run/slurmctld.host.pid")" ;;
+  start-controller) start_ctld ;;
+  *) node_cmd "$@" ;;
+esac
