@@ -2,7 +2,7 @@
 
     plain     PyTorch's own operations (kuramoto.py), on every device
     compiled  the same, fused by torch.compile step by step
-    native    klayer.cpp: all steps in one call, on CPUs with AVX-512 (bf16: AMX)
+    native    klayer.cpp: all steps in one call, on CPUs with AVX-512 (bf16: AMX); the readouts go with their layers
 
 All compute the same up to float rounding. Only rank 0 measures; the others do as it says, so that no two ranks differ.
 """
@@ -24,7 +24,7 @@ from configs.schema import Compute
 from pretrain.distributed import Ranks, broadcast_json
 from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.kernels import build, native
-from pretrain.models.kuramoto import KERNELS, KuramotoLayer
+from pretrain.models.kuramoto import KERNELS, KuramotoLayer, Readout
 
 # {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
 Row = dict[str, Any]
@@ -67,8 +67,9 @@ def read(record: Path) -> list[Row]:
 
 def fastest(backbone: nn.Module) -> None:
     """For inference: the native kernel where it runs, without measuring. Layers it does not take stay plain."""
-    for layer in layers_of(backbone):
-        layer.kernel = "native"
+    for module in backbone.modules():
+        if isinstance(module, KuramotoLayer | Readout):
+            module.kernel = "native"
 
 
 def choose(backbone: nn.Module, compute: Compute, device: torch.device, *, recorded: Sequence[Row] = ()) -> list[Row]:
@@ -97,11 +98,14 @@ def choose(backbone: nn.Module, compute: Compute, device: torch.device, *, recor
 
 
 def apply(backbone: nn.Module, rows: Sequence[Row]) -> None:
-    """Set the kernel of every K-layer as the table says."""
+    """Set the kernel of every K-layer as the table says, and of all readouts: native where a layer's is."""
     chosen = {row["layer"]: row["kernel"] for row in rows}
     grid: Grid = getattr(backbone, "grid", (8, 8))
-    for layer in layers_of(backbone):
-        layer.kernel = chosen[shape_of(layer, grid)]
+    for module in backbone.modules():
+        if isinstance(module, KuramotoLayer):
+            module.kernel = chosen[shape_of(module, grid)]
+        elif isinstance(module, Readout):
+            module.kernel = "native" if "native" in chosen.values() else "plain"
 
 
 def layers_of(backbone: nn.Module) -> Iterator[KuramotoLayer]:

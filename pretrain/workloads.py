@@ -65,14 +65,14 @@ class Ours:
     def flops_per_view(self) -> int:
         """FLOPs of one view's forward, backbone and projector, counted on the plain kernel."""
         module = self.task.module
-        before = [(layer, layer.kernel) for layer in kernels.layers_of(module)]
-        for layer, _ in before:
-            layer.kernel = "plain"
+        before = [(part, part.kernel) for part in module.modules() if hasattr(part, "kernel")]
+        for part, _ in before:
+            part.kernel = "plain"
         shape = getattr(self.task.backbone, "start_shape", None)
         start = None if shape is None else torch.randn(1, *shape(self.size))
         count = flops_per_view(module, torch.randn(1, 3, self.size, self.size), start)
-        for layer, kernel in before:
-            layer.kernel = kernel
+        for part, kernel in before:
+            part.kernel = kernel
         return count
 
     def features_s(self, rounds: int) -> float:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pretrain  # noqa: F401  (registers the models)
 from configs.errors import UserError
@@ -89,3 +90,27 @@ def test_features_by_the_native_kernel_equal_the_plain_ones(model: nn.Module) ->
         kernels.fastest(model)
         native = model(images)
     torch.testing.assert_close(native, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kernel", ["plain", "native"])
+@pytest.mark.parametrize("coupling", ["attn", "conv"])
+def test_layers_run_on_fake_cuda_tensors(coupling: str, kernel: str, recompute: bool) -> None:
+    """No tensor is left on the CPU and no value is asked for (a device sync). Autograd takes no fake device."""
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
+        arguments = {"coupling": coupling, "omega": "pair", "learn_gamma": True, "num_steps": 2}
+        model = timm.create_model("akorn_nano_patch4_32", num_classes=0, **arguments)
+        (block,) = model.blocks
+        block.kuramoto.kernel = block.readout.kernel = kernel
+        block.kuramoto.grad_checkpointing = recompute
+        x, c = (torch.randn(2, 64, 128, requires_grad=True) for _ in range(2))
+        y = block.readout(block.kuramoto(x, c, (8, 8), gamma=model.gamma))
+        assert (y.device.type, y.requires_grad) == ("cuda", True)
+
+
+@needs_native
+def test_readouts_go_with_their_layers(model: nn.Module) -> None:
+    kernels.apply(model, kernels.choose(model, Compute(kernel="native", precision="fp32"), CPU))
+    assert [block.readout.kernel for block in model.blocks] == ["native"]
+    kernels.apply(model, kernels.choose(model, Compute(kernel="plain"), CPU))
+    assert [block.readout.kernel for block in model.blocks] == ["plain"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.kernels import build, native
-from pretrain.models.kuramoto import KuramotoLayer, Omega
+from pretrain.models.kuramoto import KuramotoLayer, Omega, Readout
 
 needs_native = pytest.mark.skipif(build.library().handle is None, reason=build.library().reason or "compiled")
 needs_bf16 = pytest.mark.skipif(not build.library().bf16, reason="no AMX")
@@ -91,6 +91,36 @@ def test_bf16_is_no_less_exact_than_autocast(name: str) -> None:
     exact = results(layer, grid, "plain", torch.float32, bf16=False)
     plain, found = (results(layer, grid, kernel, torch.float32, bf16=True) for kernel in ("plain", "native"))
     assert worst(found, exact, leave_out=SCALARS) < 1.5 * worst(plain, exact, leave_out=SCALARS)
+
+
+def readout_results(readout: Readout, kernel: str, dtype: torch.dtype, *, bf16: bool) -> dict[str, Tensor]:
+    """Norms and all gradients of a fixed random functional of them, in double precision."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 9, readout.linear.in_features, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(3, 9, readout.out_dim, generator=generator).to(dtype)
+    readout = copy.deepcopy(readout).to(dtype)
+    readout.kernel = kernel
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = readout(x)
+    (y * weight).sum().backward()
+    found = {"y": y, "x": x.grad, **{name: parameter.grad for name, parameter in readout.named_parameters()}}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+@needs_native
+@pytest.mark.parametrize(("dim", "n", "out_dim"), [(64, 4, 64), (32, 2, 48), (128, 8, 128)])
+def test_readout_equals_plain(dim: int, n: int, out_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    readout = Readout(dim, n, out_dim)
+    torch.nn.init.normal_(readout.bias)
+    found = readout_results(readout, "native", torch.float32, bf16=False)
+    if build.library().bf16:
+        rounded, plain = (readout_results(readout, kernel, torch.float32, bf16=True) for kernel in ("native", "plain"))
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # the reference in double precision throughout
+    expected = readout_results(readout, "plain", torch.float64, bf16=False)
+    assert worst(found, expected) < 2e-6
+    if build.library().bf16:
+        assert worst(rounded, expected) < 1.5 * worst(plain, expected)
 
 
 @needs_native

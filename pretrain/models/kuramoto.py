@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.connectivity import Coupling, Grid
-from pretrain.models.kernels import native
+from pretrain.models.kernels import native, readout
 
 KERNELS = ("plain", "compiled", "native")
 NORMS = ("sphere", "clamp", "rms", "none")
@@ -148,26 +148,6 @@ class Omega(nn.Module):
         return torch.linalg.vector_norm(self.vector, dim=0)
 
 
-class GroupStimulusNorm(nn.Module):
-    """`gn`: GroupNorm of the stimulus with one group per oscillator (its n channels at all tokens), in this layout."""
-
-    def __init__(self, dim: int, n: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.n, self.eps = n, eps
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(dim))
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, c: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
-        planes = c.unflatten(-1, (self.n, -1))  # [B, N, n, K]
-        variance, mean = torch.var_mean(planes, dim=(1, 2), keepdim=True, correction=0)
-        return ((planes - mean) * torch.rsqrt(variance + self.eps)).flatten(-2) * self.weight + self.bias
-
-
 class ScaleBias(nn.Module):
     """`sandb`: scale and bias per channel."""
 
@@ -181,7 +161,24 @@ class ScaleBias(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, c: Tensor) -> Tensor:
-        return c * self.weight + self.bias
+        """[B, N, C] -> [B, N, C]."""
+        return torch.addcmul(self.bias, c, self.weight)
+
+
+class GroupStimulusNorm(ScaleBias):
+    """`gn`: GroupNorm of the stimulus with one group per oscillator (its n channels at all tokens), in this layout."""
+
+    def __init__(self, dim: int, n: int, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        self.n, self.eps = n, eps
+
+    def forward(self, c: Tensor) -> Tensor:
+        centred = c - self._mean(c)
+        return super().forward(centred * torch.rsqrt(self._mean(centred.square()) + self.eps))
+
+    def _mean(self, c: Tensor) -> Tensor:
+        """Over tokens first, whose rows are contiguous, then over components: [B, N, C] -> [B, 1, C]."""
+        return c.mean(1).unflatten(-1, (self.n, -1)).mean(1).repeat(1, self.n).unsqueeze(1)
 
 
 def make_stimulus_norm(kind: str, dim: int, n: int) -> nn.Module:
@@ -279,10 +276,13 @@ class Readout(nn.Module):
         self.n, self.out_dim = n, dim if out_dim is None else out_dim
         self.linear = nn.Linear(dim, n * self.out_dim)
         self.bias = nn.Parameter(torch.empty(self.out_dim))
+        self.kernel = "plain"
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel == "native" and readout.supports(self, x):
+            return readout.run(self, x)
         y = self.linear(x.to(self.linear.weight.dtype)).float()
         return squared_norm(y, self.n).clamp_min(TINY).sqrt().squeeze(-2) + self.bias

@@ -1,134 +1,144 @@
-// One step of one image.
+// One step of one image. Attention works on transposed logits, keys x queries: the softmax then runs down the rows, 16
+// queries at a time, and never across a vector.
 
 #pragma once
 #include "step.h"
 
 namespace {
 
-// Buffers of one thread.
+// Buffers of one thread. P are the weights of attention for R queries: as [N, R] floats (fp32: in place of the logits) or
+// as B operand (bf16).
 template <class E> struct Scratch {
-  E *xa, *qkv, *mixed, *q, *k, *v, *kt, *vp, *p, *oa;
-  float *rows, *s, *lse, *o;
-  E* drive;
+  E *xa, *qkv, *mixed, *drive, *q, *k, *v, *qp, *values, *p, *oa;
+  float *rows, *s, *lse, *o, *turned;
   Scratch(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, R = block<E>();
-    xa = arena.take<E>(R * C);
+    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
+    xa = arena.take<E>(ROWS * C);
     qkv = arena.take<E>(N * 3 * C);
-    mixed = arena.take<E>(N * C);
     drive = arena.take<E>(N * C);
-    q = arena.take<E>(N * D);
-    k = arena.take<E>(N * D);
-    v = arena.take<E>(N * D);
-    kt = arena.take<E>(N * D);
-    vp = arena.take<E>(N * D);
-    p = arena.take<E>(R * N);
-    oa = arena.take<E>(R * C);
-    rows = arena.take<float>(R * 3 * C);
-    s = arena.take<float>(R * N);
+    q = arena.take<E>(N * row);
+    k = arena.take<E>(N * row);
+    v = arena.take<E>(N * row);
+    qp = arena.take<E>(N * row);
+    values = arena.take<E>(N * D);
+    mixed = arena.take<E>(N * C);
+    oa = arena.take<E>(N * C);
+    rows = arena.take<float>(ROWS * C);
+    s = arena.take<float>(N * R);
+    p = sizeof(E) == 4 ? (E*)s : arena.take<E>(N * R);
     o = arena.take<float>(R * D);
+    turned = arena.take<float>(R * D);
     lse = arena.take<float>(l.H * N);
+    for (E* rotated : {q, k, v}) memset(rotated, 0, N * row * sizeof(E));
   }
   static size_t bytes(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, R = block<E>();
-    return sizeof(E) * (N * 5 * C + 5 * N * D + R * (N + 2 * C)) + 4 * (R * (3 * C + N + D) + l.H * N) +
-           15 * 4608;
+    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
+    return sizeof(E) * (ROWS * C + N * (6 * C + 4 * row + D + R)) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
   }
 };
 
-// Rotated queries (scaled, base 2), keys and values of one head as A operands.
+// Rotated queries (scaled, base 2), keys and values of one head.
 template <class E> void rotated_heads(const Layer& l, int h, const E* qkv, E* q, E* k, E* v) {
-  const int N = l.N, C = l.C, D = C / l.H;
+  const int N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
   const float scale = 1.4426950408889634f / std::sqrt((float)D);
   E* out[3] = {q, k, v};
   for (int which = 0; which < 3; which++) {
     const vec factor = splat(which ? 1.f : scale);
-    const float *own = l.own + (long)which * N * D, *other = l.other + (long)which * N * D;
     const E* u = qkv + which * C + h * D;
-    for (int i = 0; i < N; i++, u += 3 * C)
-      if (l.gta)
-        rotate_head<false>(own + i * D, other + i * D, D, u, factor, out[which] + (long)i * D);
-      else
-        scale_head(D, u, factor, out[which] + (long)i * D);
+    for (int i = 0; i < N; i++, u += 3 * C) rotate<false>(l, which, i, u, factor, out[which] + (long)i * row);
   }
 }
 
-// Values mixed by attention -> A operand of the output projection, tokens [first, first + count).
-template <class E> void rotated_output(const Layer& l, const E* mixed, int first, int count, E* out) {
-  const int N = l.N, C = l.C, D = C / l.H;
-  const vec one = splat(1.f);
-  for (int i = first; i < first + count; i++) {
-    const float *own = l.own + (3L * N + i) * D, *other = l.other + (3L * N + i) * D;
-    for (int e = 0; e < C; e += D, out += D)
-      if (l.gta)
-        rotate_head<false>(own, other, D, mixed + (long)i * C + e, one, out);
-      else
-        scale_head(D, mixed + (long)i * C + e, one, out);
-  }
+// What `mix` multiplies P with: u [N, D] in rows as B operand (fp32), or its transpose (bf16).
+inline void mixable(const Layer& l, const float* u, float* out) {
+  const int D = l.C / l.H;
+  pack(u, D, l.N, D, out);
+}
+inline void mixable(const Layer& l, const bf16* u, bf16* out) {
+  const int D = l.C / l.H;
+  transpose(u, head_row<bf16>(D), l.N, D, out, l.N);
 }
 
-template <class E> void operand(const float* src, long count, E* dst) {
-  for (long i = 0; i < count; i += 16) store(dst + i, load(src + i));
+// P' u of a block: [R, D].
+inline void mix(const Layer& l, const float* p, const float* u, float*, float* out) {
+  const int D = l.C / l.H;
+  product_turned(R, D, l.N, p, R, u, l.N * 16L, out, D, ZERO);
+}
+inline void mix(const Layer& l, const bf16* p, const bf16* u, float* turned, float* out) {
+  const int D = l.C / l.H;
+  product(D, R, l.N, u, l.N, p, turned, R);
+  transpose(turned, R, D, R, out, D);
 }
 
-// Rows of logits s in base 2 -> 2^(s - peak) as A operand, 1 / their sums, and log2 of the sums of 2^s.
-template <class E> void softmax(const Layer& l, int count, float* s, E* p, float* inverse, float* lse) {
+// Two rows of P, each of R queries: as they are, or as B operand [R/16][N/2][16][2].
+inline void store_pair(float* p, int, int j, vec a, vec b, vec c, vec d) {
+  store(p + j * R, a), store(p + j * R + 16, b), store(p + (j + 1) * R, c), store(p + (j + 1) * R + 16, d);
+}
+#ifdef __AVX512BF16__
+inline void store_pair(bf16* p, int N, int j, vec a, vec b, vec c, vec d) {
+  _mm512_storeu_si512(p + j * 16, interleave(narrow(a, c)));
+  _mm512_storeu_si512(p + (N + j) * 16, interleave(narrow(b, d)));
+}
+#endif
+
+// Logits [N, R] in base 2 -> P = 2^(s - peak), 1 / its sums over keys, and log2 of the sums of 2^s.
+template <class E> void softmax(const Layer& l, float* s, E* p, float* inverse, float* lse) {
   const int N = l.N;
-  for (int r = 0; r < count; r++, s += N, p += N) {
-    for (int j = l.valid; j < N; j++) s[j] = -INFINITY;
-    vec top = load(s);
-    for (int j = 16; j < N; j += 16) top = _mm512_max_ps(top, load(s + j));
-    const float peak = _mm512_reduce_max_ps(top);
-    vec sum = splat(0.f);
-    for (int j = 0; j < N; j += 16) {
-      vec e = exp2v<E>(sub(load(s + j), splat(peak)));
-      sum = add(sum, e);
-      store(p + j, e);
-    }
-    const float total = _mm512_reduce_add_ps(sum);
-    inverse[r] = 1.f / total;
-    lse[r] = peak + std::log2(total);
+  for (int j = l.valid; j < N; j++) store(s + j * R, splat(-INFINITY)), store(s + j * R + 16, splat(-INFINITY));
+  vec a = load(s), b = load(s + 16), c = load(s + R), d = load(s + R + 16);
+  for (int j = 2; j < N; j += 2) {
+    a = _mm512_max_ps(a, load(s + j * R)), b = _mm512_max_ps(b, load(s + j * R + 16));
+    c = _mm512_max_ps(c, load(s + (j + 1) * R)), d = _mm512_max_ps(d, load(s + (j + 1) * R + 16));
+  }
+  const vec low = _mm512_max_ps(a, c), high = _mm512_max_ps(b, d);
+  vec sum[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+  for (int j = 0; j < N; j += 2) {
+    a = exp2v<E>(sub(load(s + j * R), low)), b = exp2v<E>(sub(load(s + j * R + 16), high));
+    c = exp2v<E>(sub(load(s + (j + 1) * R), low)), d = exp2v<E>(sub(load(s + (j + 1) * R + 16), high));
+    sum[0] = add(sum[0], a), sum[1] = add(sum[1], b), sum[2] = add(sum[2], c), sum[3] = add(sum[3], d);
+    store_pair(p, N, j, a, b, c, d);
+  }
+  for (int half = 0; half < 2; half++) {
+    const vec total = add(sum[half], sum[half + 2]);
+    store(inverse + half * 16, _mm512_div_ps(splat(1.f), total));
+    store(lse + half * 16, add(half ? high : low, log2v(total)));
   }
 }
 
 // One step of one image: x -> next; leaves qkv, mixed, drive and lse where the scratch points.
 template <class E>
 void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const float* x, const float* c, float* next) {
-  const int N = l.N, C = l.C, H = l.H, D = C / H, R = block<E>();
-  for (int i = 0; i < N; i += R) {
-    const int count = std::min(R, N - i);
-    if constexpr (sizeof(E) == 4) {
-      product(count, 3 * C, C, x + (long)i * C, C, w.qkv.data(), z.qkv + (long)i * 3 * C, 3 * C, BIAS, l.b_qkv);
-    } else {
-      operand(x + (long)i * C, (long)count * C, z.xa);
-      product(count, 3 * C, C, z.xa, C, w.qkv.data(), z.rows, 3 * C);
-      for (int r = 0; r < count; r++)
-        for (int e = 0; e < 3 * C; e += 16)
-          store(z.qkv + (long)(i + r) * 3 * C + e, add(load(z.rows + (long)r * 3 * C + e), load(l.b_qkv + e)));
-    }
+  const int N = l.N, C = l.C, H = l.H, D = C / H, row = head_row<E>(D);
+  for (int i = 0; i < N; i += ROWS) {
+    const int count = std::min(ROWS, N - i);
+    product(count, 3 * C, C, operand(x + (long)i * C, (long)count * C, z.xa), C, w.qkv.data(), z.qkv + (long)i * 3 * C,
+            3 * C, BIAS, l.b_qkv);
   }
   for (int h = 0; h < H; h++) {
     rotated_heads(l, h, z.qkv, z.q, z.k, z.v);
-    pack_transposed(z.k, D, D, N, z.kt);
-    pack(z.v, D, N, D, z.vp);
+    pack_transposed(z.q, row, row, N, z.qp);
+    mixable(l, z.v, z.values);
     for (int i = 0; i < N; i += R) {
-      const int count = std::min(R, N - i);
-      product(count, N, D, z.q + (long)i * D, D, z.kt, z.s, N);
-      alignas(64) float inverse[block<E>()];
-      softmax(l, count, z.s, z.p, inverse, z.lse + h * N + i);
-      product(count, D, N, z.p, N, z.vp, z.o, D);
-      for (int r = 0; r < count; r++)
-        scale_head(D, z.o + r * D, splat(inverse[r]), z.mixed + (long)(i + r) * C + h * D);
+      product(N, R, row, z.k, row, z.qp + (long)i * row, z.s, R);
+      alignas(64) float inverse[R];
+      softmax(l, z.s, z.p, inverse, z.lse + h * N + i);
+      mix(l, z.p, z.values, z.turned, z.o);
+      for (int r = 0; r < R; r++) {
+        const long at = (long)(i + r) * C + h * D;
+        const vec share = splat(inverse[r]);
+        for (int e = 0; e < D; e += 16) store(z.mixed + at + e, mul(share, load(z.o + r * D + e)));
+        rotate<false>(l, 3, i + r, z.o + r * D, share, z.oa + at);
+      }
     }
   }
-  for (int i = 0; i < N; i += R) {
-    const int count = std::min(R, N - i);
-    rotated_output(l, z.mixed, i, count, z.oa);
-    product(count, C, C, z.oa, C, w.out.data(), z.rows, C);
+  for (int i = 0; i < N; i += ROWS) {
+    const int count = std::min(ROWS, N - i);
+    product(count, C, C, z.oa + (long)i * C, C, w.out.data(), z.rows, C);
     for (int r = 0; r < count; r++) {
       float* row = z.rows + (long)r * C;
       const long at = (long)(i + r) * C;
       if (i + r >= l.valid) {
-        for (int e = 0; e < C; e += 16) store(next + at + e, splat(0.f));
+        memset(next + at, 0, C * sizeof(float));
         continue;
       }
       for (int e = 0; e < C; e += 16) {

@@ -1,5 +1,5 @@
-// All T steps of a Kuramoto layer with attention coupling, forward and backward, on CPUs with AVX-512 (fp32) and AMX
-// (bf16 products). The equations are those of kuramoto.py and connectivity.py, which stay the reference.
+// All T steps of a Kuramoto layer with attention coupling, and the readout, forward and backward, on CPUs with AVX-512
+// (fp32) and AMX (bf16 products). The equations are those of kuramoto.py and connectivity.py, which stay the reference.
 //
 // One thread takes one image at a time through all steps, so that queries, keys, attention and the update stay in its
 // second-level cache; only what the backward needs goes to memory. Called through ctypes by native.py: no torch here.
@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "backward.h"
+#include "readout.h"
 
 namespace {
 
@@ -18,6 +19,7 @@ template <class E> void forward(const Layer& l) {
 #pragma omp parallel num_threads(l.threads)
   {
     arena.reserve(Scratch<E>::bytes(l));
+    if (sizeof(E) == 2) configure();
     Scratch<E> z(l);
 #pragma omp for schedule(static)
     for (long b = 0; b < l.B; b++)
@@ -26,12 +28,8 @@ template <class E> void forward(const Layer& l) {
         float *x = l.states + (l.keep * t * l.B + b) * size, *next = x + l.keep * l.B * size;
         forward_image(l, w, z, x, l.stimulus + b * size, next);
       }
-    release();
+    if (sizeof(E) == 2) release();
   }
-}
-
-void add_to(float* total, const float* part, long count) {
-  for (long i = 0; i < count; i++) total[i] += part[i];
 }
 
 template <class E> void backward(const Layer& l) {
@@ -43,17 +41,18 @@ template <class E> void backward(const Layer& l) {
     Scratch<E> z(l);
     BackScratch<E> y(l);
     double d_gamma = 0;
+    if (sizeof(E) == 2) configure();
 #pragma omp for schedule(static)
     for (long b = 0; b < l.B; b++) {
       memset(l.d_stimulus + b * size, 0, size * 4);
       for (long t = l.steps - 1; t >= 0; t--) {
         point(l, z, t, b);
         const float* x = l.states + (t * l.B + b) * size;
-        if (!l.qkv) forward_image(l, w, z, x, l.stimulus + b * size, y.dx);
+        if (!l.qkv) forward_image(l, w, z, x, l.stimulus + b * size, y.ds);
         backward_image(l, w, z, y, x, l.grad + b * size, l.d_stimulus + b * size, d_gamma);
       }
     }
-    release();
+    if (sizeof(E) == 2) release();
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
     for (int turn = 0; turn < all; turn++) {  // in order of the threads, so that sums are the same every time
 #pragma omp barrier
@@ -76,9 +75,13 @@ template <class E> void backward(const Layer& l) {
 extern "C" {
 void forward_float(const Layer* l) { forward<float>(*l); }
 void backward_float(const Layer* l) { backward<float>(*l); }
+void readout_forward_float(const Readout* l) { readout_forward<float>(*l); }
+void readout_backward_float(const Readout* l) { readout_backward<float>(*l); }
 #ifdef __AMX_BF16__
 void forward_bf16(const Layer* l) { forward<bf16>(*l); }
 void backward_bf16(const Layer* l) { backward<bf16>(*l); }
+void readout_forward_bf16(const Readout* l) { readout_forward<bf16>(*l); }
+void readout_backward_bf16(const Readout* l) { readout_backward<bf16>(*l); }
 #endif
 int has_bf16() {
 #ifdef __AMX_BF16__

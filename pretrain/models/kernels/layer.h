@@ -1,10 +1,12 @@
 // What a layer is made of, as Python hands it over, and the memory of a thread.
 //
-// Legend: B images, N tokens (a multiple of 16, the first `valid` of them real), C channels, n components (at most 16),
+// Legend: B images, N tokens (a multiple of 32, the first `valid` of them real), C channels, n components (at most 16),
 // K = C/n oscillators (a multiple of 16), H heads, D = C/H (16, or a multiple of 32 up to 512), E the type of the
 // operands of matrix products (float or bf16). State and sums are fp32.
 
 #pragma once
+#include <omp.h>
+
 #include <cstdlib>
 #include <vector>
 
@@ -12,8 +14,13 @@
 
 namespace {
 
-// Tokens of a block of the products with weights, and of queries.
-template <class E> constexpr int block() { return sizeof(E) == 4 ? 64 : 32; }
+constexpr int R = 32;     // queries of a block of attention
+constexpr int ROWS = 64;  // tokens of a block of products with weights
+
+// Rows of rotated queries, keys and values of a head: tiles are 32 deep, the rest of a narrow head is zero.
+template <class E> int head_row(int D) { return sizeof(E) == 2 && D == 16 ? 32 : D; }
+
+constexpr size_t SLACK = 320;  // of a buffer in the arena
 
 // One block per thread, grown when needed and kept: fresh pages cost more than the arithmetic on them.
 struct Arena {
@@ -29,11 +36,15 @@ struct Arena {
   }
   template <class T> T* take(long count) {
     T* p = (T*)(base + used);
-    used += (count * sizeof(T) + 4096 + 255) / 256 * 256 + 64;  // 64: keeps equal buffers off the same cache sets
+    used += (count * sizeof(T) + 255) / 256 * 256 + 64;  // 64: keeps equal buffers off the same cache sets
     return p;
   }
 };
 thread_local Arena arena;
+
+inline void add_to(float* total, const float* part, long count) {
+  for (long i = 0; i < count; i++) total[i] += part[i];
+}
 
 struct Layer {
   int64_t B, N, valid, C, n, H, steps;

@@ -21,7 +21,7 @@ from pretrain.models.kernels.build import library
 if TYPE_CHECKING:
     from pretrain.models.kuramoto import KuramotoLayer
 
-TOKEN_MULTIPLE = 16  # rows of a vector or tile
+TOKEN_MULTIPLE = 32  # R of layer.h
 
 
 class _Layer(ctypes.Structure):
@@ -126,16 +126,18 @@ def run_layer(
     return out[:, :num_tokens] if rest else out
 
 
-def _point(layer: _Layer, tensors: Mapping[str, Tensor | None]) -> None:
+def point(arguments: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
+    """Set the pointers of a struct. The tensors must outlive its use."""
     for name, tensor in tensors.items():
         assert tensor is None or tensor.is_contiguous(), name
-        setattr(layer, name, None if tensor is None else tensor.data_ptr())
+        setattr(arguments, name, None if tensor is None else tensor.data_ptr())
 
 
-def _call(direction: str, dtype: torch.dtype, layer: _Layer) -> None:
+def call(function: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
+    """Call a function of klayer.cpp in the form for products in `dtype`."""
     handle = library().handle
     assert handle is not None
-    getattr(handle, f"{direction}_{'float' if dtype == torch.float32 else 'bf16'}")(ctypes.byref(layer))
+    getattr(handle, f"{function}_{'float' if dtype == torch.float32 else 'bf16'}")(ctypes.byref(arguments))
 
 
 class _NativeLayer(torch.autograd.Function):
@@ -158,7 +160,7 @@ class _NativeLayer(torch.autograd.Function):
                 x.new_empty((plan.num_steps, B, plan.num_heads, N)),
             ]
         layer = _describe(states, inputs, kept, gamma, plan, valid, keep=keep)
-        _call("forward", plan.dtype, layer)
+        call("forward", plan.dtype, layer)
         ctx.plan, ctx.valid = plan, valid
         ctx.save_for_backward(states, *inputs, *kept, gamma)
         return states[-1]
@@ -183,8 +185,8 @@ class _NativeLayer(torch.autograd.Function):
             "d_frequency": None if frequency is None else torch.zeros_like(frequency),
             "d_gamma": states.new_zeros(1, dtype=torch.float64),
         }
-        _point(layer, out)
-        _call("backward", ctx.plan.dtype, layer)
+        point(layer, out)
+        call("backward", ctx.plan.dtype, layer)
         d_c, d_gamma = out["d_stimulus"], out["d_gamma"]
         assert d_c is not None
         assert d_gamma is not None
@@ -211,5 +213,5 @@ def _describe(
         gamma=float(gamma),
     )  # fmt: skip
     names = ("stimulus", "w_qkv", "b_qkv", "w_out", "b_out", "own", "other", "frequency")
-    _point(layer, {"states": states, **dict(zip(names, inputs)), **dict(zip(("qkv", "mixed", "drive", "lse"), kept))})
+    point(layer, {"states": states, **dict(zip(names, inputs)), **dict(zip(("qkv", "mixed", "drive", "lse"), kept))})
     return layer

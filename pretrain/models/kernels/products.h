@@ -1,7 +1,7 @@
 // Small matrix products whose operands stay in cache, in fp32 (AVX-512) and bf16 (AMX), and the packing they need.
 //
 // A: rows x depth, row-major. B: panels of 16 columns, [columns/16][depth][16] floats or [columns/16][depth/2][16][2] bf16.
-// Rows, depth and columns are multiples of 16.
+// Rows and columns are multiples of 16, depths of 16 (fp32) or 32 (bf16).
 
 #pragma once
 #include <algorithm>
@@ -55,6 +55,15 @@ template <class S, class E> inline void transpose(const S* src, long ld, int col
       for (int k = 0; k < 16; k++) store(dst + (i + k) * ldd + j, _mm512_castsi512_ps(r[k]));
     }
 }
+
+// x as A operand: itself, or rounded into `space`.
+inline const float* operand(const float* x, long, float*) { return x; }
+#ifdef __AVX512BF16__
+inline const bf16* operand(const float* x, long count, bf16* space) {
+  for (long i = 0; i < count; i += 16) store(space + i, load(x + i));
+  return space;
+}
+#endif
 
 // Products: out [M, columns] (+)= A [M, depth] B.
 
@@ -121,37 +130,56 @@ struct TileConfig {
   uint8_t rows[16];
 } __attribute__((packed));
 
-thread_local int tile_depth = 0;
-
-// Tiles 0-3 sums (16 x 16 floats), 4-5 A (16 x depth bf16), 6-7 B (depth/2 x 32 bf16).
-inline void configure(int depth) {
-  if (tile_depth == depth) return;
+// Tiles 0-3 sums (16 x 16 floats), 4-5 A (16 x 32 bf16), 6-7 B (16 x 32 bf16). Costs as much as a small product: a thread
+// does it once per call, hence depths are multiples of 32.
+inline void configure() {
   TileConfig config;
   memset(&config, 0, sizeof config);
   config.palette = 1;
-  for (int t = 0; t < 8; t++) {
-    config.bytes[t] = t == 4 || t == 5 ? depth * 2 : 64;
-    config.rows[t] = t >= 6 ? depth / 2 : 16;
-  }
+  for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
   _tile_loadconfig(&config);
-  tile_depth = depth;
 }
-inline void release() {
-  if (tile_depth) _tile_release();
-  tile_depth = 0;
+inline void release() { _tile_release(); }
+
+// Sums of a block of 32 x 32 (not wide: 16 columns; not tall: 16 rows), in tiles 0-3.
+inline void accumulate(int depth, const bf16* a, long lda, const bf16* b, long panel, bool wide, bool tall) {
+  const long la = lda * 2;
+  if (wide && tall) {
+    for (int k = 0; k < depth; k += 32) {
+      _tile_loadd(4, a + k, la);
+      _tile_loadd(6, b + k * 16, 64);
+      _tile_loadd(7, b + panel + k * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * lda + k, la);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    return;
+  }
+  for (int k = 0; k < depth; k += 32) {
+    _tile_loadd(4, a + k, la);
+    _tile_loadd(6, b + k * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide) {
+      _tile_loadd(7, b + panel + k * 16, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (tall) {
+      _tile_loadd(5, a + 16 * lda + k, la);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+  }
 }
 
 inline void product(int M, int columns, int depth, const bf16* A, long lda, const bf16* B, float* out, long ldo,
                     Start start = ZERO) {
-  const int step = depth % 32 ? 16 : 32;
-  configure(step);
-  const long la = lda * 2, lo = ldo * 4, panel = (long)depth * 16;
+  const long lo = ldo * 4, panel = (long)depth * 16;
   for (int j = 0; j < columns; j += 32) {
     const bool wide = j + 32 <= columns;
     for (int i = 0; i < M; i += 32) {
       const bool tall = i + 32 <= M;
       float* o = out + i * ldo + j;
-      const bf16 *a = A + i * lda, *b = B + (j / 16) * panel;
       if (start == OUT) {
         _tile_loadd(0, o, lo);
         if (wide) _tile_loadd(1, o + 16, lo);
@@ -163,32 +191,7 @@ inline void product(int M, int columns, int depth, const bf16* A, long lda, cons
         _tile_zero(2);
         _tile_zero(3);
       }
-      if (wide && tall) {
-        for (int k = 0; k < depth; k += step) {
-          _tile_loadd(4, a + k, la);
-          _tile_loadd(6, b + k * 16, 64);
-          _tile_loadd(7, b + panel + k * 16, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, a + 16 * lda + k, la);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      } else {
-        for (int k = 0; k < depth; k += step) {
-          _tile_loadd(4, a + k, la);
-          _tile_loadd(6, b + k * 16, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          if (wide) {
-            _tile_loadd(7, b + panel + k * 16, 64);
-            _tile_dpbf16ps(1, 4, 7);
-          }
-          if (tall) {
-            _tile_loadd(5, a + 16 * lda + k, la);
-            _tile_dpbf16ps(2, 5, 6);
-          }
-        }
-      }
+      accumulate(depth, A + i * lda, lda, B + j / 16 * panel, panel, wide, tall);
       _tile_stored(0, o, lo);
       if (wide) _tile_stored(1, o + 16, lo);
       if (tall) _tile_stored(2, o + 16 * ldo, lo);
@@ -196,8 +199,49 @@ inline void product(int M, int columns, int depth, const bf16* A, long lda, cons
     }
   }
 }
+
+// The same with a bias per column, rounded to bf16. M and columns are multiples of 32.
+inline void product(int M, int columns, int depth, const bf16* A, long lda, const bf16* B, bf16* out, long ldo,
+                    Start, const float* bias) {
+  alignas(64) float sums[32 * 32];
+  const long panel = (long)depth * 16;
+  for (int j = 0; j < columns; j += 32)
+    for (int i = 0; i < M; i += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      accumulate(depth, A + i * lda, lda, B + j / 16 * panel, panel, true, true);
+      _tile_stored(0, sums, 128);
+      _tile_stored(1, sums + 16, 128);
+      _tile_stored(2, sums + 16 * 32, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+      const vec low = load(bias + j), high = load(bias + j + 16);
+      for (int r = 0; r < 32; r++)
+        _mm512_storeu_si512(out + (i + r) * ldo + j,
+                            narrow(add(load(sums + r * 32), low), add(load(sums + r * 32 + 16), high)));
+    }
+}
 #else
+inline void configure() {}
 inline void release() {}
+#endif
+
+// total [rows, columns] += a' b with a [N, rows], b [N, columns]; in bf16 into the transpose, [columns, rows].
+inline void weight_grads(int N, const float* a, long lda, int rows, const float* b, int columns, float* packed, float*,
+                         float* total) {
+  pack(b, columns, N, columns, packed);
+  for (int k = 0; k < N; k += 32)  // few rows of a at a time, each on a page of its own: they stay in cache
+    product_turned(rows, columns, 32, a + k * lda, lda, packed + k * 16, N * 16L, total, columns, OUT);
+}
+#ifdef __AMX_BF16__
+template <class A, class B>
+inline void weight_grads(int N, const A* a, long lda, int rows, const B* b, int columns, bf16* packed, bf16* turned,
+                         float* total) {
+  transpose(b, columns, N, columns, turned, N);
+  pack(a, lda, N, rows, packed);
+  product(columns, rows, N, turned, N, packed, total, rows, OUT);
+}
 #endif
 
 }  // namespace

@@ -26,18 +26,16 @@ inline void rotate_head(const float* own, const float* other, int D, const S* u,
   }
 }
 
-// Adjoint of rotate_head at u: out = M' (factor g); d own += factor g u, d other += factor g swap(u).
-template <class S, class T>
-inline void rotate_head_back(const float* own, const float* other, int D, const S* u, const float* g, vec factor, T* out,
-                             float* d_own, float* d_other) {
+// Gradients of the matrices of rotate_head at u for a gradient g of its result: own += factor g u, other += factor g swap(u).
+template <class S>
+inline void matrix_grads(int D, const S* u, const float* g, vec factor, float* d_own, float* d_other) {
+  const int half = D / 2;
   if (D == 16) {
     vec x = load(u), y = mul(factor, load(g));
     store(d_own, fma(y, x, load(d_own)));
     store(d_other, fma(y, swap_halves(x), load(d_other)));
-    store(out, fma(load(own), y, swap_halves(mul(load(other), y))));
     return;
   }
-  const int half = D / 2;
   for (int e = 0; e < half; e += 16) {
     vec a = load(u + e), b = load(u + half + e);
     vec y = mul(factor, load(g + e)), z = mul(factor, load(g + half + e));
@@ -45,13 +43,18 @@ inline void rotate_head_back(const float* own, const float* other, int D, const 
     store(d_own + half + e, fma(z, b, load(d_own + half + e)));
     store(d_other + e, fma(y, b, load(d_other + e)));
     store(d_other + half + e, fma(z, a, load(d_other + half + e)));
-    store(out + e, fma(load(own + e), y, mul(load(other + half + e), z)));
-    store(out + half + e, fma(load(own + half + e), z, mul(load(other + e), y)));
   }
 }
 
-template <class S, class T> inline void scale_head(int D, const S* u, vec factor, T* out) {
-  for (int e = 0; e < D; e += 16) store(out + e, mul(factor, load(u + e)));
+// The same by the layer's matrices of queries, keys, values or output (`which`) of a token; without GTA the factor alone.
+template <bool ADJOINT, class S, class T>
+inline void rotate(const Layer& l, int which, int token, const S* u, vec factor, T* out) {
+  const int D = l.C / l.H;
+  const long table = ((long)which * l.N + token) * D;
+  if (l.gta)
+    rotate_head<ADJOINT>(l.own + table, l.other + table, D, u, factor, out);
+  else
+    for (int e = 0; e < D; e += 16) store(out + e, mul(factor, load(u + e)));
 }
 
 // One token of the update: x, s -> next x, which may be x itself.
@@ -80,10 +83,11 @@ inline void update_row(const Layer& l, const float* x, const float* s, float* ne
   }
 }
 
-// Adjoint of update_row at x, s: g = d next -> ds, dx (of the update alone); accumulates d gamma and d frequency.
+// Adjoint of update_row at x, s: g = d next -> ds, and in its place dx (of the update alone); accumulates d gamma and d
+// frequency.
 template <class E>
-inline void update_row_back(const Layer& l, const float* x, const E* s, const float* g, float* ds, float* dx,
-                            vec& d_gamma, float* d_frequency) {
+inline void update_row_back(const Layer& l, const float* x, const E* s, float* g, float* ds, vec& d_gamma,
+                            float* d_frequency) {
   const int n = l.n, K = l.C / n;
   const vec gamma = splat(l.gamma);
   vec drift[16], u[16], xs[16];
@@ -129,7 +133,7 @@ inline void update_row_back(const Layer& l, const float* x, const E* s, const fl
           store(dw, _mm512_add_ps(load(dw), turn));
         }
       }
-      store(dx + m * K + k, d);
+      store(g + m * K + k, d);
     }
   }
 }

@@ -21,17 +21,17 @@ inline vec load(const bf16* p) {
   __m256i raw = _mm256_loadu_si256((const __m256i*)p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
-inline __m256i narrow(vec v) {
 #ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(v);
-#else
-  __m512i bits = _mm512_castps_si512(v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-#endif
+inline __m256i narrow(vec v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+inline __m512i narrow(vec low, vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+// [a 0..15, b 0..15] -> a0 b0 a1 b1 ...
+inline __m512i interleave(__m512i pair) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair, 1));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 inline void store(bf16* p, vec v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+#endif
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 inline vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
@@ -61,6 +61,20 @@ template <class E> inline vec exp2v(vec x) {
     p = fma(p, f, splat(1.0f));
   }
   return _mm512_scalef_ps(p, whole);
+}
+
+// log2 x of positive normal numbers; error 1e-7.
+inline vec log2v(vec x) {
+  const vec one = splat(1.f), mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const vec exponent = _mm512_getexp_ps(x);
+  const vec whole = _mm512_mask_add_ps(exponent, _mm512_cmp_ps_mask(mantissa, one, _CMP_LT_OQ), exponent, one);
+  const vec t = _mm512_div_ps(sub(mantissa, one), add(mantissa, one)), square = mul(t, t);  // log m = 2 atanh t
+  vec p = splat(0.3205989f);
+  p = fma(p, square, splat(0.4121986f));
+  p = fma(p, square, splat(0.5770780f));
+  p = fma(p, square, splat(0.9617967f));
+  p = fma(p, square, splat(2.8853901f));
+  return fma(p, t, whole);
 }
 
 inline void transpose16(__m512i r[16]) {

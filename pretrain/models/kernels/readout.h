@@ -1,0 +1,128 @@
+// The readout: norms over the n planes of a linear map, forward and backward. The map itself stays in cache: the backward
+// computes it again.
+
+#pragma once
+#include <cmath>
+
+#include "layer.h"
+
+namespace {
+
+constexpr float TINY = 1e-24f;  // of kuramoto.py
+constexpr int TOKENS = 128;     // a block: enough depth for the products that sum gradients of weights
+
+// Legend: M tokens (a multiple of 32), C channels in, O channels out (multiples of 32 and 16), S = n O sums.
+struct Readout {
+  int64_t M, C, O, n, threads;
+  const float *x, *w, *b, *bias;  // [M, C], [S, C], [S], [O]
+  float* out;                     // [M, O]
+  // backward
+  const float* grad;        // [M, O]
+  float *d_x, *d_w, *d_b;   // [M, C]; fp32 [S, C], bf16 [C, S] transposed; [S]
+};
+
+template <class E> struct ReadoutScratch {
+  float *y, *d_w, *d_b;
+  E *xa, *dy, *packed, *turned;
+  long stride;  // of y and dy: rows of a power of two would share few cache sets
+  ReadoutScratch(const Readout& l) {
+    const long C = l.C, S = l.n * l.O;
+    stride = S + 32;
+    y = arena.take<float>(TOKENS * stride);
+    memset(y, 0, TOKENS * stride * sizeof(float));
+    xa = arena.take<E>(TOKENS * C);
+    dy = arena.take<E>(TOKENS * stride);
+    packed = arena.take<E>(TOKENS * std::max(C, S));
+    turned = arena.take<E>(TOKENS * C);
+    const size_t first = arena.used;
+    d_w = arena.take<float>(S * C);
+    d_b = arena.take<float>(S);
+    memset(arena.base + first, 0, arena.used - first);
+  }
+  static size_t bytes(const Readout& l) {
+    const long C = l.C, S = l.n * l.O;
+    return sizeof(E) * TOKENS * (2 * C + S + 32 + std::max(C, S)) + 4 * (TOKENS * (S + 32) + S * C + S) + 7 * SLACK;
+  }
+};
+
+template <class E> std::vector<E> packed_weight(const Readout& l) {
+  std::vector<E> w((size_t)l.n * l.O * l.C);
+  Weights<E>::pack_rows(l.w, l.C, l.n * l.O, w.data());
+  return w;
+}
+
+template <class E> void readout_forward(const Readout& l) {
+  const long C = l.C, O = l.O, S = l.n * O;
+  const std::vector<E> w = packed_weight<E>(l);
+#pragma omp parallel num_threads(l.threads)
+  {
+    arena.reserve(ReadoutScratch<E>::bytes(l));
+    ReadoutScratch<E> z(l);
+    if (sizeof(E) == 2) configure();
+#pragma omp for schedule(static)
+    for (long i = 0; i < l.M; i += ROWS) {
+      const int count = std::min<long>(ROWS, l.M - i);
+      product(count, S, C, operand(l.x + i * C, count * C, z.xa), C, w.data(), z.y, z.stride);
+      for (int r = 0; r < count; r++)
+        for (int k = 0; k < O; k += 16) {
+          vec square = splat(TINY);
+          for (int m = 0; m < l.n; m++) {
+            const vec y = add(load(z.y + r * z.stride + m * O + k), load(l.b + m * O + k));
+            square = fma(y, y, square);
+          }
+          store(l.out + (i + r) * O + k, add(_mm512_sqrt_ps(square), load(l.bias + k)));
+        }
+    }
+    if (sizeof(E) == 2) release();
+  }
+}
+
+// y of a token and the gradient g of its norms -> that of y, in place; adds to the sums of the bias.
+inline void norms_back(const Readout& l, float* y, const float* g, float* d_b) {
+  for (int k = 0; k < l.O; k += 16) {
+    vec square = splat(TINY);
+    for (int m = 0; m < l.n; m++) {
+      const vec v = add(load(y + m * l.O + k), load(l.b + m * l.O + k));
+      square = fma(v, v, square);
+      store(y + m * l.O + k, v);
+    }
+    const vec factor = _mm512_div_ps(load(g + k), _mm512_sqrt_ps(square));
+    for (int m = 0; m < l.n; m++) {
+      const vec v = mul(factor, load(y + m * l.O + k));
+      store(y + m * l.O + k, v);
+      store(d_b + m * l.O + k, add(load(d_b + m * l.O + k), v));
+    }
+  }
+}
+
+template <class E> void readout_backward(const Readout& l) {
+  const long C = l.C, S = l.n * l.O;
+  const std::vector<E> w = packed_weight<E>(l);
+  std::vector<E> back(S * C);
+  pack(l.w, C, S, C, back.data());
+#pragma omp parallel num_threads(l.threads)
+  {
+    arena.reserve(ReadoutScratch<E>::bytes(l));
+    ReadoutScratch<E> z(l);
+    if (sizeof(E) == 2) configure();
+#pragma omp for schedule(static)
+    for (long i = 0; i < l.M; i += TOKENS) {
+      const int count = std::min<long>(TOKENS, l.M - i);
+      const float* x = l.x + i * C;
+      product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
+      for (int r = 0; r < count; r++) norms_back(l, z.y + r * z.stride, l.grad + (i + r) * l.O, z.d_b);
+      product(count, C, S, operand(z.y, count * z.stride, z.dy), z.stride, back.data(), l.d_x + i * C, C);
+      weight_grads(count, z.y, z.stride, S, x, C, z.packed, z.turned, z.d_w);
+    }
+    if (sizeof(E) == 2) release();
+    const int me = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int turn = 0; turn < all; turn++) {  // in order of the threads, so that sums are the same every time
+#pragma omp barrier
+      if (turn != me) continue;
+      add_to(l.d_w, z.d_w, S * C);
+      add_to(l.d_b, z.d_b, S);
+    }
+  }
+}
+
+}  // namespace
