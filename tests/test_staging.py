@@ -170,6 +170,24 @@ def test_prefetching_runs_ahead_and_reports_at_use(tmp_path: Path) -> None:
     staging.close()
 
 
+def test_a_process_that_only_prefetches_does_so_in_every_epoch_and_keeps_no_books(tmp_path: Path) -> None:
+    """As the trainer does whose workers read: 3 epochs of 40 shards through a folder that holds five."""
+    known = {f"{number:02d}.tar": shard(tmp_path, f"{number:02d}.tar", 1600) for number in range(40)}
+    staging = Staging(tmp_path / "cache", limit_bytes=5 * 1600, timeout_s=5, retries=0)
+    for _ in range(3):
+        for name, identity in known.items():
+            staging.prefetch(f"pipe:echo {name} >> {tmp_path}/log; cat {tmp_path}/{name}", **identity)
+            deadline = time.monotonic() + 60
+            while not list((tmp_path / "cache").glob(f"*{name}")):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            assert len(staging._pending) <= 2
+    fetched = (tmp_path / "log").read_text().split()
+    assert all(fetched.count(name) == 3 for name in known)
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) <= 5
+    staging.close()
+
+
 def test_a_remote_set_is_indexed_in_one_pass_and_read_through_the_cache(tmp_path: Path) -> None:
     write(tmp_path / "far")
     location = f"pipe:cat {tmp_path}/far/{{000..002}}.tar"

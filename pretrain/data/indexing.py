@@ -6,6 +6,7 @@ memory map, so that neither step holds more than one shard in memory.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -154,8 +155,16 @@ def _done(target: Path, name: str, key_pattern: str) -> bool:
 
 def _scan_job(job: tuple[str, str, Path, str]) -> None:
     base, name, target, key_pattern = job
-    with open_stream(base + name) as file:
-        save_scan(scan(file, name, key_pattern=key_pattern), target, key_pattern=key_pattern)
+    try:
+        with open_stream(base + name) as file:
+            save_scan(scan(file, name, key_pattern=key_pattern), target, key_pattern=key_pattern)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"cannot write the index to {target.parent}: {error.strerror}; free some space") from error
+        raise UserError(
+            f"cannot read {base}{name}: {error.strerror or error}; check the address and start again (shards indexed "
+            "so far are not read again)"
+        ) from error
 
 
 def save_scan(scanned: ShardScan, target: Path, *, key_pattern: str) -> None:

@@ -151,12 +151,15 @@ class Staging:
         return target
 
     def prefetch(self, url: str, *, num_bytes: int, sha256: bytes) -> None:
-        """Begin to fetch in the background; errors are raised by `path`."""
-        if url in self._pending or (self.folder / f"{sha256.hex()[:16]}-{_file_name(url)}").exists():
+        """Begin to fetch in the background; errors are raised by `path`, here or in the process that reads."""
+        # What has arrived is forgotten: it may be read elsewhere, and after it left the folder it is fetched again.
+        for other in [other for other, future in self._pending.items() if future.done() and not future.exception()]:
+            del self._pending[other]
+        target = self.folder / f"{sha256.hex()[:16]}-{_file_name(url)}"
+        if url in self._pending or target.exists():
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(2, thread_name_prefix="staging")
-        target = self.folder / f"{sha256.hex()[:16]}-{_file_name(url)}"
         self._pending[url] = self._pool.submit(self._fetch_background, url, target, num_bytes, sha256)
 
     def _fetch_background(self, url: str, target: Path, num_bytes: int, sha256: bytes) -> Path:
