@@ -1,6 +1,7 @@
 """Evaluation while training: k-NN and object discovery on a few images, with the averaged weights.
 
-Owns: the observers that the launcher hands to the trainer. Rank 0 computes and tells the others, which wait.
+Owns: the observers that the launcher hands to the trainer (pretrain/observing.py says where and when they run). They
+hold the names of their data, checked at the start, and open them where they run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from downstream.encoder import Encoder
 from downstream.grouping import Grouping
 from downstream.neighbours import knn_accuracy
 from downstream.samples import INSTANCES, LABEL, Samples
-from pretrain.distributed import broadcast_json
-from pretrain.observing import Observer, TrainerState
+from pretrain.observing import Observer
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 _BATCH = 64
@@ -51,25 +51,20 @@ class OnlineNeighbours:
 
     def __init__(self, every: int, train: str, test: str, images: int) -> None:
         self.every = every
-        self._sets = (
-            Samples(train, limit=10 * images, needs=(LABEL,)),
-            Samples(test, limit=images, needs=(LABEL,)),
-        )
+        self._sets = ((train, 10 * images), (test, images))
+        self._open()
 
-    def observe(self, step: int, state: TrainerState) -> dict[str, float]:
-        """Collective."""
-        backbone = state.backbone_ema()
-        figures: dict[str, float] = {}
-        if state.ranks.first:
-            encoder = Encoder(backbone, name="online", device=state.ranks.device)
-            size = _size(state, encoder)
-            train, test = (self._features(encoder, samples, size) for samples in self._sets)
-            labels, answers = (samples.labels() for samples in self._sets)
-            found = knn_accuracy(
-                train, labels, test, answers, neighbours=(NEIGHBOURS,), temperature=TEMPERATURE
-            )  # fmt: skip
-            figures = {"online_knn": found[NEIGHBOURS]["top1"]}
-        return dict(broadcast_json(figures, state.ranks))
+    def _open(self) -> list[Samples]:
+        return [Samples(location, limit=limit, needs=(LABEL,)) for location, limit in self._sets]
+
+    def observe(self, backbone: Any, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+        """Share of test images whose class is found."""
+        encoder, sets = Encoder(backbone, name="online", device=device), self._open()
+        size = _size(config, encoder)
+        train, test = (self._features(encoder, samples, size) for samples in sets)
+        labels, answers = (samples.labels() for samples in sets)
+        found = knn_accuracy(train, labels, test, answers, neighbours=(NEIGHBOURS,), temperature=TEMPERATURE)
+        return {"online_knn": found[NEIGHBOURS]["top1"]}
 
     @staticmethod
     def _features(encoder: Encoder, samples: Samples, size: int) -> torch.Tensor:
@@ -81,26 +76,25 @@ class OnlineObjects:
     """FG-ARI and MBO by average linkage, one start, no up-tiling."""
 
     def __init__(self, every: int, data: str, preset: str, images: int) -> None:
-        self.every = every
-        self._samples = Samples(data, limit=images, needs=(INSTANCES,))
+        self.every, self._data, self._images = every, data, images
         self._protocol = Protocol(PRESETS[preset], Grouping(clusters=PRESETS[preset].clusters), starts=1)
+        self._open()
 
-    def observe(self, step: int, state: TrainerState) -> dict[str, float]:
-        """Collective."""
-        backbone = state.backbone_ema()
-        figures: dict[str, float] = {}
-        if state.ranks.first:
-            encoder = Encoder(backbone, name="online", device=state.ranks.device)
-            blocks: list[Any] = [
-                discovery.score_scene(encoder, self._samples.scenes(block, self._protocol.preset), self._protocol)
-                for block in self._samples.blocks(_BATCH)
-            ]
-            scores = discovery.gather(blocks)
-            figures = {f"online_{name}": discovery.summarise(scores[name])["mean"] for name in ("fg_ari", "mbo_i")}
-        return dict(broadcast_json(figures, state.ranks))
+    def _open(self) -> Samples:
+        return Samples(self._data, limit=self._images, needs=(INSTANCES,))
+
+    def observe(self, backbone: Any, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+        """Means over the images."""
+        encoder, samples = Encoder(backbone, name="online", device=device), self._open()
+        blocks: list[Any] = [
+            discovery.score_scene(encoder, samples.scenes(block, self._protocol.preset), self._protocol)
+            for block in samples.blocks(_BATCH)
+        ]
+        scores = discovery.gather(blocks)
+        return {f"online_{name}": discovery.summarise(scores[name])["mean"] for name in ("fg_ari", "mbo_i")}
 
 
-def _size(state: TrainerState, encoder: Encoder) -> int:
+def _size(config: PretrainConfig, encoder: Encoder) -> int:
     """Side of the images: that of the training views."""
-    views = state.config.views
+    views = config.views
     return views.size if views is not None else int(encoder.model.pretrained_cfg["input_size"][-1])

@@ -74,6 +74,7 @@ class _Run:
         config = folder / "config.yaml"
         self.yaml = config.read_text() if config.is_file() else ""
         self.metrics = _lines(folder / "metrics.jsonl")
+        self.observed = _lines(folder / "observed.jsonl")
         self.events = _lines(folder / "events.jsonl")
         found = sorted({*folder.glob("downstream/*/results.json"), *folder.glob("results.json")})
         self.results = [(path.parent, json.loads(path.read_text())) for path in found]
@@ -122,7 +123,7 @@ class _Run:
         """One metric over the steps, thinned."""
         from downstream.charts import thinned
 
-        rows = [row for row in self.metrics if isinstance(row.get(name), int | float)]
+        rows = [row for row in self.metrics + self.observed if isinstance(row.get(name), int | float)]
         return thinned([row["step"] for row in rows], [row[name] for row in rows])
 
     def happenings(self) -> str:

@@ -63,14 +63,22 @@ class Monitor:
     """Gathers steps and reads them. `observe` and `read` are called by every rank at the same steps.
 
     Args:
-        metrics: the file on rank 0, None elsewhere.
+        metrics, observed: files on rank 0, None elsewhere: rows of steps, and of evaluations.
         views: images that one sample counts for in views_per_s, times the global batch.
     """
 
     def __init__(
-        self, config: MonitorConfig, ranks: Ranks, *, metrics: MetricsFile | None, sinks: list[Sink], views: int
+        self,
+        config: MonitorConfig,
+        ranks: Ranks,
+        *,
+        metrics: MetricsFile | None,
+        sinks: list[Sink],
+        views: int,
+        observed: MetricsFile | None = None,
     ) -> None:
         self._config, self._ranks, self._metrics, self._sinks, self._views = config, ranks, metrics, sinks, views
+        self._observed = observed
         self._pending: list[Record] = []
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._bad_in_row = 0
@@ -83,9 +91,13 @@ class Monitor:
         tensors = tensors | {"grad_norm": result.grad_norm, "skipped": result.skipped}
         self._pending.append(Record(step, lr, batch.samples, tensors, {"data_wait_s": wait_s}, result.norms))
 
-    def add(self, figures: dict[str, float]) -> None:
-        """Add figures that are numbers on the host already to the newest step (equal on all ranks)."""
-        self._pending[-1].host.update(figures)
+    def observed(self, rows: list[dict[str, Any]]) -> None:
+        """Write figures of evaluations, each with the step that it belongs to, which may lie back."""
+        if rows and self._observed is not None:
+            self._observed.append(rows)
+            for sink in self._sinks:
+                for row in rows:
+                    sink.write(row)
 
     def due(self, step: int) -> bool:
         """True after the steps at which `read` is to be called."""
@@ -113,15 +125,17 @@ class Monitor:
 
     def sync(self) -> None:
         """Have all rows on disk."""
-        if self._metrics is not None:
-            self._metrics.sync()
+        for file in (self._metrics, self._observed):
+            if file is not None:
+                file.sync()
 
     def close(self) -> None:
         """Close files and sinks."""
         for sink in self._sinks:
             sink.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        for file in (self._metrics, self._observed):
+            if file is not None:
+                file.close()
 
     def _rows(self) -> list[dict[str, Any]]:
         values = [t.detach().float().reshape(()) for record in self._pending for t in record.tensors.values()]
@@ -207,8 +221,9 @@ class WeightsAndBiases:
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log a row."""
-        self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        """Log a row; one that lies back goes to the newest step, since the service takes no earlier ones."""
+        figures = {name: value for name, value in row.items() if name != "step"}
+        self._run.log(figures, step=max(row["step"], self._run.step))
 
     def close(self) -> None:
         """Finish the life's part of the run."""

@@ -25,6 +25,7 @@ LOUD = {
     "preempted",
     "config_changed",
     "waits_for_data",
+    "not_observed",
 }
 
 

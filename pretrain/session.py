@@ -27,7 +27,7 @@ from pretrain.ema import Ema
 from pretrain.engine import Engine, Moments
 from pretrain.lease import Lease
 from pretrain.monitor import Monitor, Sink, TensorBoard, WeightsAndBiases
-from pretrain.observing import Observer, TrainerState, make_twin
+from pretrain.observing import Observer, Observing
 from pretrain.runlog import Events, MetricsFile
 from pretrain.saver import Saver
 from pretrain.schedule import make_schedule, num_steps
@@ -54,8 +54,7 @@ class Session:
     saver: Saver
     watchdog: Watchdog
     rate: Callable[[int], float]
-    observers: Sequence[Observer]
-    observed: TrainerState | None
+    observing: Observing | None
     start: int  # complete steps at the beginning
     stream: int  # number of the next batch of the data stream: the step, plus what rollbacks skipped
     steps: int
@@ -104,7 +103,7 @@ def open_session(
     task = _make_task(config, snapshot)
     _check_norms(task.module, config, ranks)
     rows = _prepare(task, config, ranks, run_dir)
-    twin = make_twin(task, ranks.device) if observers else None
+    observing = _make_observing(observers, task, config, ranks, events, stack)
     engine = _make_engine(task, config, ranks, snapshot)
     loader = _make_loader(config, task, run_dir, ranks)
     stack.callback(loader.close)
@@ -122,13 +121,12 @@ def open_session(
         engine=engine,
         ema=ema,
         loader=loader,
-        monitor=_make_monitor(config, run_dir, ranks, start, stack),
+        monitor=_make_monitor(config, run_dir, ranks, start, stack, is_observed=observing is not None),
         display=_make_display(config, start, steps, ranks, events, stack),
         saver=_make_saver(config, run_dir, lease, events, stack),
         watchdog=_make_watchdog(config, run_dir, ranks, stack),
         rate=make_schedule(config, len(loader)),
-        observers=observers,
-        observed=None if twin is None else TrainerState(config, ranks, run_dir, task, ema, *twin),
+        observing=observing,
         start=start,
         stream=_stream(snapshot, rollback),
         steps=steps,
@@ -209,21 +207,37 @@ def _fingerprint(loader: Any) -> str:
 
 
 def _make_monitor(
-    config: PretrainConfig, run_dir: Path, ranks: Ranks, start: int, stack: contextlib.ExitStack
+    config: PretrainConfig, run_dir: Path, ranks: Ranks, start: int, stack: contextlib.ExitStack, *, is_observed: bool
 ) -> Monitor:
-    metrics, sinks = None, list[Sink]()
+    metrics, observed, sinks = None, None, list[Sink]()
     if ranks.first:
         if not (run_dir / "config.yaml").exists():  # started without the launcher
             write_synced(run_dir / "config.yaml", dump(config).encode())
         metrics = MetricsFile(run_dir / "metrics.jsonl", start)
+        observed = MetricsFile(run_dir / "observed.jsonl", start) if is_observed else None
         if config.monitor.tensorboard:
             sinks.append(TensorBoard(run_dir / "tensorboard", start))
         if config.monitor.wandb is not None:
             sinks.append(WeightsAndBiases(config.monitor.wandb, config.name, run_dir, config.model_dump(mode="json")))
     views = config.batch_size * (2 if config.task.name == "simclr" else 1)
-    monitor = Monitor(config.monitor, ranks, metrics=metrics, sinks=sinks, views=views)
+    monitor = Monitor(config.monitor, ranks, metrics=metrics, observed=observed, sinks=sinks, views=views)
     stack.callback(monitor.close)
     return monitor
+
+
+def _make_observing(
+    observers: Sequence[Observer],
+    task: Task,
+    config: PretrainConfig,
+    ranks: Ranks,
+    events: Events,
+    stack: contextlib.ExitStack,
+) -> Observing | None:
+    if not observers:
+        return None
+    observing = Observing(observers, task, config, ranks, report=events)
+    stack.callback(observing.close)
+    return observing
 
 
 def _make_display(

@@ -18,7 +18,7 @@ from pretrain import distributed, saver
 from pretrain.distributed import Ranks
 from pretrain.lease import Lease, next_generation
 from pretrain.microbatch import backward
-from pretrain.observing import Observer, observe
+from pretrain.observing import GRACE_S, Observer
 from pretrain.preemption import Stop
 from pretrain.schedule import due
 from pretrain.session import Session, open_session
@@ -107,14 +107,11 @@ def train(session: Session, stop: Stop) -> Outcome:
 
 
 def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
-    """Evaluate and read the metrics when due, or `always`; returns whether the newest step was bad (collective)."""
+    """Read the metrics when due, or `always`; returns whether the newest step was bad (collective)."""
     if session.lease.lost:
         session.lease.check()
-    with aside(session):
-        figures = observe(session.observers, step, session.observed)
-    if figures:
-        session.monitor.add(figures)
-    if not (figures or always or session.monitor.due(step)):
+    watch(session, step)
+    if not (always or session.monitor.due(step)):
         return False
     reading = session.monitor.read()
     if reading.last is not None:
@@ -122,6 +119,14 @@ def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
         advise(session, reading.last)
     judge(session, reading, step, stream)
     return reading.sick
+
+
+def watch(session: Session, step: int) -> None:
+    """Begin the evaluations that are due, and log the figures of those that have ended (collective)."""
+    if session.observing is not None:
+        with aside(session):
+            session.observing.begin(step, session.ema, patient=step == session.steps)
+        session.monitor.observed(session.observing.rows())
 
 
 def advise(session: Session, row: dict[str, Any]) -> None:
@@ -158,8 +163,12 @@ def _chunk_seed(session: Session, step: int) -> int:
 
 
 def _finish(session: Session, outcome: Outcome) -> Outcome:
-    """Join what is written in the background; export a finished run (collective)."""
+    """Join what is done in the background; export a finished run (collective)."""
     session.saver.join()
+    if session.observing is not None:
+        patience_s = None if outcome.status == "finished" else GRACE_S
+        session.observing.join(patience_s, alive=session.watchdog.alive)
+        session.monitor.observed(session.observing.rows())
     if outcome.status == "finished" and session.ranks.first:
         from pretrain.export import export
 

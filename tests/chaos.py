@@ -2,11 +2,12 @@
 
 python tests/chaos.py --seed 0 --faults 100
 
-Trains the stand-in task (tests/standin_run.py) through the real trainer, on real processes, while this program plays
-the launcher and the disaster at once: it kills ranks, stops them, signals them, damages checkpoints, fills the disk,
-starts a second life beside a running one and changes the world size. Batches of NaN lie in the data all along. In the
-end the run must have each step once, must never have gone back behind its last whole checkpoint, must have said what
-happened, and its weights must equal those of an undisturbed run: bitwise, if the world size never changed.
+Trains the stand-in task (tests/standin_run.py) through the real trainer and loader, on real processes, while this
+program plays the launcher and the disaster at once: it kills ranks, stops them, signals them, damages and cuts
+checkpoints and shards (which are put right again), fills the disk, starts a second life beside a running one and
+changes the world size. Batches of NaN lie in the data all along. In the end the run must have each step once, must
+never have gone back behind its last whole checkpoint, must have said what happened, and must equal an undisturbed run
+bitwise: in its weights if neither world size nor data ever changed, else in its losses up to the first such change.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -35,11 +37,25 @@ import torch
 
 from pretrain import checkpoint
 from tests.standin import context
-from tests.standin_run import events, final_weights, rows, run_standin
+from tests.standin_run import events, final_weights, rows, run_standin, write_vectors
 
 SAVE_EVERY = 5
 PATIENCE_S = 240.0  # for a life to do something; machines of tests are busy
-FAULTS = ("kill one", "kill all", "preempt", "hang", "damage", "truncate", "disk full", "two lives", "world size")
+WORLD_SIZE = 2  # of the undisturbed run
+FAULTS = (
+    "kill one",
+    "kill all",
+    "preempt",
+    "hang",
+    "damage",
+    "truncate",
+    "damage shard",
+    "truncate shard",
+    "disk full",
+    "two lives",
+    "world size",
+)
+CHANGES = {"damage shard", "truncate shard", "world size"}  # after these the weights need not be bitwise equal
 
 
 @dataclass
@@ -98,7 +114,8 @@ class Chaos:
 
     def __init__(self, folder: Path, *, seed: int, faults: int, kinds: Sequence[str]) -> None:
         self.random = random.Random(seed)
-        self.run_dir, self.kinds, self.left = folder / "run", kinds, faults
+        self.run_dir, self.shards, self.kinds, self.left = folder / "run", folder / "shards", kinds, faults
+        write_vectors(self.shards)
         self.steps = max(40, 6 * faults)
         bad = self.random.sample(range(self.steps), 2)
         self.environment = {"STANDIN_NAN": ",".join(map(str, bad)), "STANDIN_STEP_S": "0.01"}
@@ -107,15 +124,19 @@ class Chaos:
             "checkpoints": {"save_every": SAVE_EVERY, "keep_last": 3},
             "monitor": {"log_every": 1, "tensorboard": False},
             "resilience": {"watchdog_s": 10.0, "watchdog_factor": 1.0},
+            "data": {"shards": str(self.shards), "window": 2, "max_broken": 1.0},
         }
-        self.world_size, self.generation, self.done = 2, 0, Counter[str]()
+        self.world_size, self.generation, self.done = WORLD_SIZE, 0, Counter[str]()
         self.disk_full = False
+        self.exact_until = self.steps  # steps whose losses equal those of the undisturbed run bitwise
 
     def begin(self) -> Life:
         """Start the next life; it must begin where the newest whole checkpoint ends."""
         newest = checkpoint.newest(self.run_dir)
         expected = 0 if newest is None else checkpoint.load(newest).step
         started = self._count("started")
+        if self.world_size != WORLD_SIZE:
+            self.exact_until = min(self.exact_until, expected)
         self.generation += 1
         full = {"STANDIN_DISK_FULL": "1"} if self.disk_full else {}
         life = start(self.run_dir, Life(self.world_size, self.generation), self.changes, {**self.environment, **full})
@@ -155,6 +176,9 @@ class Chaos:
         self.disk_full = kind == "disk full"
         if kind == "two lives":
             return self._two_lives(life)
+        if kind in ("damage shard", "truncate shard"):
+            self._damage_shard(kind, life)
+            return life
         if kind == "preempt":
             os.kill(self.random.choice(victims).pid, signal.SIGUSR2)
             _wait(lambda: not life.alive())
@@ -183,6 +207,20 @@ class Chaos:
             data[self.random.randrange(len(data))] ^= 0xFF
         file.write_bytes(data)
 
+    def _damage_shard(self, kind: str, life: Life) -> None:
+        """Harm a shard under a running life, for an epoch, and put it right."""
+        file = self.random.choice(sorted(self.shards.glob("*.tar")))
+        whole = file.read_bytes()
+        self.exact_until = min(self.exact_until, self._last_step())
+        if kind == "truncate shard":
+            os.truncate(file, len(whole) // 4)
+        else:
+            first = self.random.randrange(len(whole) // 2)
+            file.write_bytes(whole[:first] + self.random.randbytes(len(whole) // 4) + whole[first + len(whole) // 4 :])
+        goal = self._last_step() + 5
+        _wait(lambda: self._last_step() >= goal or not life.alive())
+        file.write_bytes(whole)
+
     def _two_lives(self, older: Life) -> Life:
         """Start a life while another runs: the older one must end by itself and leave the run alone."""
         self.generation += 1
@@ -206,7 +244,7 @@ class Chaos:
 
     def judge(self, folder: Path) -> str:
         """Compare with an undisturbed run. Returns a line that says what held; raises AssertionError otherwise."""
-        reference = start(folder / "reference", Life(2, 1), self.changes, self.environment)
+        reference = start(folder / "reference", Life(WORLD_SIZE, 1), self.changes, self.environment)
         _wait(lambda: not reference.alive())
         assert reference.finished(), "the undisturbed run failed"
         ours, theirs = rows(self.run_dir), rows(folder / "reference")
@@ -214,16 +252,27 @@ class Chaos:
         assert [row["skipped"] for row in ours] == [row["skipped"] for row in theirs]
         if self.done["damage"] + self.done["truncate"] > 2:
             assert self._count("damaged"), "damage was not mentioned"
+        if self.done["damage shard"] + self.done["truncate shard"] > 2:
+            assert (self.run_dir / "skipped.jsonl").read_text(), "damaged samples were not mentioned"
+        exact = [row["loss"] for row in ours[: self.exact_until]]
+        assert exact == [row["loss"] for row in theirs[: self.exact_until]], "losses differ before anything changed"
         weights, expected = final_weights(self.run_dir), final_weights(folder / "reference")
-        same = all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
         largest = max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
-        if not self.done["world size"]:
-            assert same, f"weights differ by up to {largest:.2g} from those of the undisturbed run"
-        final, undisturbed = ours[-1]["loss"], theirs[-1]["loss"]
+        changed = sorted(CHANGES & set(self.done))
+        assert changed or largest == 0, f"weights differ by up to {largest:.2g} from those of the undisturbed run"
+        final, undisturbed = (_mean([row["loss"] for row in run[-10:]]) for run in (ours, theirs))
         assert abs(final - undisturbed) < 0.05 * undisturbed, f"loss {final} against {undisturbed}"
         kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.done.items()))
-        equal = "bitwise equal" if same else f"equal to {largest:.2g} (the world size changed)"
-        return f"{self.steps} steps, {self.generation} lives, {kinds}: each step once, weights {equal}"
+        equal = f"equal to {largest:.2g} ({', '.join(changed)})" if largest else "bitwise equal"
+        return (
+            f"{self.steps} steps, {self.generation} lives, {kinds}: each step once, losses bitwise equal up to step "
+            f"{self.exact_until}, weights {equal}"
+        )
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    """Of steps that were applied."""
+    return statistics.mean(loss for loss in losses if loss is not None)
 
 
 def _wait(condition: Any) -> None:

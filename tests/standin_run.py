@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from configs.schema import PretrainConfig
 from pretrain.data.batch import Batch
+from pretrain.data.decode import BrokenImageError
+from pretrain.data.loader import Loader
+from pretrain.data.shards import ShardWriter
 from pretrain.distributed import Ranks
-from tests.standin import Contrast, Regress, VectorLoader
+from tests.standin import WIDTH, Contrast, Regress, VectorLoader
 
 SETTINGS: dict[str, Any] = {
     "name": "standin",
@@ -44,24 +51,83 @@ def settings(**changes: Any) -> PretrainConfig:
     return PretrainConfig.model_validate_json(json.dumps(values))
 
 
-class FaultyLoader(VectorLoader):
-    """Batches with NaN at the numbers in STANDIN_NAN (a list "3,4"); STANDIN_STEP_S makes each wait."""
+class Faulty:
+    """What is wrong with batches: NaN at the numbers in STANDIN_NAN (a list "3,4"); STANDIN_STEP_S makes each wait."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._bad = {int(number) for number in os.environ.get("STANDIN_NAN", "").split(",") if number}
-        self._wait_s = float(os.environ.get("STANDIN_STEP_S", "0"))
+    rank: int
+    world_size: int
+
+    def spoiled(self, step: int, batch: Batch) -> Batch:
+        time.sleep(float(os.environ.get("STANDIN_STEP_S", "0")))
+        bad = {int(number) for number in os.environ.get("STANDIN_NAN", "").split(",") if number}
+        if step in bad and self.rank == self.world_size - 1:
+            batch.tensors["images"] = batch.tensors["images"].clone()
+            batch.tensors["images"][0] = torch.nan
+        return batch
+
+
+class FaultyLoader(Faulty, VectorLoader):
+    """Vectors from nowhere."""
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, step: int) -> Batch:
-        time.sleep(self._wait_s)
-        batch = super().__getitem__(step)
-        if step in self._bad and self.rank == self.world_size - 1:
-            batch.tensors["images"] = batch.tensors["images"].clone()
-            batch.tensors["images"][0] = torch.nan
-        return batch
+        return self.spoiled(step, super().__getitem__(step))
+
+
+class FaultyShards(Faulty, Loader):
+    """Vectors from a shard set, through the real loader."""
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.spoiled(step, super().__getitem__(step))
+
+
+def vector_of(parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
+    """A transform: the part `vec`, float32 with a checksum behind it."""
+    content = parts.get("vec", b"")
+    if len(content) != 4 * WIDTH + 4 or zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+        raise BrokenImageError("checksum of a vector")
+    return {"images": np.frombuffer(content[:-4], np.float32)}
+
+
+def write_vectors(folder: Path, *, shards: int = 8, each: int = 8) -> None:
+    """A shard set of vectors for `vector_of`."""
+    folder.mkdir(parents=True)
+    vectors = VectorLoader(num_samples=shards * each).vectors.numpy()
+    for shard in range(shards):
+        with ShardWriter(folder / f"vectors-{shard:03d}.tar") as writer:
+            for number in range(shard * each, (shard + 1) * each):
+                content = vectors[number].tobytes()
+                writer.write(f"vector_{number:04d}", {"vec": content + zlib.crc32(content).to_bytes(4, "little")})
+
+
+@dataclass(frozen=True)
+class Looker:
+    """An observer that gives the sum of the weights it sees, after drawing random numbers; or has a `fault`."""
+
+    every: int
+    fault: str = ""
+
+    def observe(self, backbone: Any, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+        torch.randn(100)
+        if self.fault == "raise":
+            raise ValueError("as asked")
+        if self.fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"sum": sum(float(tensor.double().sum()) for tensor in backbone.state_dict().values())}
+
+
+@dataclass(frozen=True)
+class Slow:
+    """An observer that takes its time."""
+
+    every: int
+    seconds: float
+
+    def observe(self, backbone: Any, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+        time.sleep(self.seconds)
+        return {"slow": 1.0}
 
 
 def replace_seams(*, separable: bool = False) -> None:
@@ -74,9 +140,11 @@ def replace_seams(*, separable: bool = False) -> None:
         return (Regress if separable else Contrast)(config.seed)
 
     def make_loader(config: PretrainConfig, task: Any, run_dir: Path, ranks: Ranks) -> Any:
-        return FaultyLoader(
-            batch_size=config.batch_size, rank=ranks.rank, world_size=ranks.world_size, seed=config.seed
-        )
+        place = {"batch_size": config.batch_size, "rank": ranks.rank, "world_size": ranks.world_size}
+        if config.data.shards == "none":
+            return FaultyLoader(**place, seed=config.seed)
+        ledger = run_dir / "skipped.jsonl"
+        return FaultyShards(config.data, config.loading, vector_of, **place, seed=config.seed, ledger=ledger)
 
     if os.environ.get("STANDIN_DISK_FULL"):
         pretrain.checkpoint.write_tensors = _full_disk

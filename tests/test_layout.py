@@ -37,7 +37,6 @@ TESTED_THROUGH = {
     "downstream.score_table": "test_object_discovery.py",
     "pretrain.data.verifying": "test_make_shards.py",
     "pretrain.models.conversion": "test_reference.py",
-    "pretrain.observing": "test_train.py",
     "pretrain.sickness": "test_train.py",
 }
 

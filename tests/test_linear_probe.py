@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,14 +147,8 @@ def test_errors_say_what_to_do(shards: tuple[Path, Path], values: dict[str, obje
 
 
 def test_online_evaluation_gives_figures(shards: tuple[Path, Path]) -> None:
-    from pretrain.distributed import Ranks
-
-    encoder = load(MODEL, control="random", device="cpu")
-    state = SimpleNamespace(
-        ranks=Ranks(0, 1, 0, torch.device("cpu")),
-        backbone_ema=lambda: encoder.model,
-        config=SimpleNamespace(views=SimpleNamespace(size=32)),
-    )
+    backbone = load(MODEL, control="random", device="cpu").model
+    training: Any = SimpleNamespace(views=SimpleNamespace(size=32))
     wanted = SimpleNamespace(
         knn_every=5, knn_train=str(shards[0]), knn_test=str(shards[1]), images=8, objects_every=10,
         objects_data=str(shards[1]), objects_preset="tetrominoes",
@@ -160,8 +156,8 @@ def test_online_evaluation_gives_figures(shards: tuple[Path, Path]) -> None:
     observers = online.make_observers(SimpleNamespace(observers=wanted))  # type: ignore[arg-type]
     assert [observer.every for observer in observers] == [5, 10]
     figures: dict[str, float] = {}
-    for observer in observers:
-        figures |= observer.observe(5, state)  # type: ignore[arg-type]
+    for observer in pickle.loads(pickle.dumps(observers)):  # as they reach the process that evaluates
+        figures |= observer.observe(backbone, training, torch.device("cpu"))
     assert set(figures) == {"online_knn", "online_fg_ari", "online_mbo_i"}
     assert all(0 <= value <= 1 for value in figures.values())
     wanted.knn_train = None

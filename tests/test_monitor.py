@@ -41,16 +41,34 @@ def test_rows_appear_when_read_and_not_before(tmp_path: Path) -> None:
     assert steps_in(path) == []
     observe(monitor, 2, 2.5, skipped=1.0)
     assert monitor.due(2)
-    monitor.add({"knn": 0.5})
     reading = monitor.read()
     first, second = (json.loads(text) for text in path.read_text().splitlines())
     assert (first["step"], first["loss"], first["skipped"], first["data_wait_s"]) == (1, 3.0, False, 0.5)
     assert second["skipped"] is True
-    assert second["knn"] == 0.5
     assert first["views_per_s"] == pytest.approx(8 / first["step_s"])
     assert [record.step for record in reading.bad] == [2]
     assert reading.sick
     assert monitor.read().last is None
+
+
+def test_figures_of_evaluations_have_a_file_of_their_own(tmp_path: Path) -> None:
+    written: list[dict[str, float]] = []
+
+    class Kept:
+        write, close = written.append, lambda self: None
+
+    path = tmp_path / "observed.jsonl"
+    monitor = Monitor(
+        MonitorConfig(),
+        ALONE,
+        metrics=None,
+        observed=MetricsFile(path, 0),
+        sinks=[Kept()],
+        views=8,  # type: ignore[list-item]
+    )
+    monitor.observed([{"step": 7, "knn": 0.5}])
+    monitor.close()
+    assert json.loads(path.read_text()) == {"step": 7, "knn": 0.5} == written[0]
 
 
 def test_series_of_bad_steps_are_counted_across_readings() -> None:

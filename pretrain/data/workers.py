@@ -125,7 +125,7 @@ class Pool:
         self._skipped: dict[int, list[Skipped]] = {}
         self._turn = 0
         self.close = Finalize(self, _end, (self._pipes, self._processes), exitpriority=100)
-        context = _fork_server()
+        context = fork_server()
         for worker in range(workers):
             ours, theirs = context.Pipe()
             job = Job(worker, fetcher, self.memory, layout, slots, workers)
@@ -219,7 +219,7 @@ def _end(pipes: list[connection.Connection], processes: list[Any]) -> None:
             process.join()
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
     """The fork server's context; the server is started with what all workers share, if it does not run yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
