@@ -50,7 +50,7 @@ def stages(config: PretrainConfig, loader: Loader, transform: SimclrTransform, s
             boxes = [transform.crops.box(key, source.height, source.width) for key in keys]
             image, boxes = source.pixels(boxes, size)
             marks.append(time.perf_counter())
-            views = crop.resized_many([image] * len(boxes), boxes, size)
+            views = crop.resized_many(image, boxes, size)
             marks.append(time.perf_counter())
             out[row] = views
             marks.append(time.perf_counter())

@@ -145,14 +145,16 @@ class ShardIndex:
 
     def parts(self, sample: int) -> dict[str, tuple[int, int, int]]:
         """Name of each part the sample has -> (shard, offset in bytes, size in bytes)."""
-        self._check_ids(np.asarray([sample]))
-        shard = int(self.shard_of(np.asarray(sample)))
-        offsets, sizes = self._arrays["offset"][sample], self._arrays["size"][sample]
+        if not 0 <= sample < len(self):
+            raise IndexError(f"samples are 0 to {len(self) - 1}, not {sample}")
+        shard = int(self.shard_first.searchsorted(sample, side="right")) - 1
+        offsets, sizes = self._arrays["offset"][sample].tolist(), self._arrays["size"][sample].tolist()
         found = {}
         for name, candidates in self._columns.items():
-            column = next((column for column in candidates if offsets[column]), None)
-            if column is not None:
-                found[name] = (shard, int(offsets[column]) * 512, int(sizes[column]))
+            for column in candidates:
+                if offsets[column]:
+                    found[name] = (shard, offsets[column] * 512, sizes[column])
+                    break
         return found
 
     def warnings(self) -> list[str]:

@@ -164,12 +164,13 @@ class KeptViews:
 
     def _on_host(self, rows: np.ndarray, boxes: np.ndarray) -> Tensor:
         size, memory, table = self.transform.views.size, self.kept.memory, self.kept.table[rows]
-        library = crop.native(size)
+        library = crop.native()
         if library is not None:
             addresses = memory.ctypes.data + table[:, 1]
             return torch.from_numpy(crop.resized_at(library, addresses, 3 * table[:, 4], boxes, size))
         images = [memory[at : at + count].reshape(height, width, 3) for _, at, count, height, width in table.tolist()]
-        return torch.from_numpy(crop.resized_many(images, boxes.tolist(), size))
+        views = [crop.resized(image, box, size) for image, box in zip(images, boxes.tolist())]
+        return torch.from_numpy(np.stack(views))
 
     def _on_device(self, used: np.ndarray, boxes: np.ndarray) -> Tensor:
         assert self.images is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,9 +48,13 @@ class CropRange:
     scale: tuple[float, float]
     ratio: tuple[float, float]
 
+    @cached_property
+    def log_ratio(self) -> tuple[float, float]:
+        return math.log(self.ratio[0]), math.log(self.ratio[1])
+
     def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the crop of one image, from a 64-bit key."""
-        low, high = (math.log(r) for r in self.ratio)
+        low, high = self.log_ratio
         for attempt in range(TRIES):
             share = self.scale[0] + (self.scale[1] - self.scale[0]) * counter.uniform_int(key, 2 * attempt)
             aspect = exp(low + (high - low) * counter.uniform_int(key, 2 * attempt + 1))
@@ -63,7 +68,7 @@ class CropRange:
 
     def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """The same for many: uint64 [n], image sizes [n] -> int64 [n, 4]."""
-        low, high = (math.log(r) for r in self.ratio)
+        low, high = self.log_ratio
         draws = counter.uniform(keys, 2 * TRIES + 2)
         height, width = np.asarray(heights)[:, None], np.asarray(widths)[:, None]
         share = self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0 : 2 * TRIES : 2]
@@ -123,7 +128,7 @@ class SimclrTransform:
     parts: ClassVar[tuple[str, ...]] = decode.IMAGE_PARTS
     """What is read of a sample."""
 
-    @property
+    @cached_property
     def crops(self) -> CropRange:
         """The distribution of the crops."""
         return CropRange(self.views.scale, self.views.ratio)
@@ -139,4 +144,4 @@ class SimclrTransform:
         source = decode.Source.of(parts, max_pixels=self.max_pixels)
         boxes = [crops.box(key, source.height, source.width) for key in keys]
         image, scaled = source.pixels(boxes, size)
-        return {"images": crop.resized_many([image] * self.num_views, scaled, size)}
+        return {"images": crop.resized_many(image, scaled, size)}
