@@ -6,6 +6,7 @@ what they configure. Loading and checking import no torch.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -28,9 +29,22 @@ class Data(Section):
     parts: dict[str, str] = Field(
         default_factory=dict, description="names of parts in foreign shards, e.g. {image: jpeg, cls: label}"
     )
+    key_pattern: str | None = Field(
+        None, description="regular expression of file names in foreign shards, with groups `key` and `part`"
+    )
     keep: Literal["disk", "memory", "device"] = Field("disk", description="where decoded images are kept")
     max_broken: Share = Field(0.01, description="share of broken samples above which the run stops")
     max_pixels: PositiveInt = Field(89_478_485, description="images with more pixels are broken samples")
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> Data:
+        try:
+            groups = re.compile(self.key_pattern or "(?P<key>)(?P<part>)").groupindex
+        except re.error as error:
+            raise ValueError(f"data.key_pattern is no regular expression: {error}") from None
+        if not {"key", "part"} <= set(groups):
+            raise ValueError("data.key_pattern needs the groups (?P<key>...) and (?P<part>...)")
+        return self
 
 
 class Loading(Section):

@@ -10,6 +10,7 @@ import pytest
 
 from configs.loader import JOBS, _sections_in
 from configs.models import OWN_ARGUMENTS, OWN_MODELS
+from configs.schema import Data
 from configs.section import Section
 
 
@@ -27,6 +28,13 @@ def test_every_key_is_documented(job: str) -> None:
         for name, field in section.model_fields.items():
             plain = not _sections_in(field.annotation) and name not in ("job", "name")
             assert field.description or not plain, f"{section.__name__}.{name} has no description"
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("(?P<key>.+)", "needs the groups")])
+def test_a_pattern_of_names_has_both_groups(pattern: str, message: str) -> None:
+    Data(shards="here", key_pattern=r"(?P<key>.+)\.(?P<part>[^.]+)")
+    with pytest.raises(ValueError, match=message):
+        Data(shards="here", key_pattern=pattern)
 
 
 def test_model_names_equal_the_registry() -> None:

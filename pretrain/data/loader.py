@@ -32,6 +32,7 @@ from pretrain.data.ledger import Ledger
 from pretrain.data.location import is_remote
 from pretrain.data.memory import Layout
 from pretrain.data.order import Order
+from pretrain.data.scan import DEFAULT_KEY
 from pretrain.data.shards import ShardReader
 from pretrain.data.staging import Staging
 from pretrain.data.transfer import Transfer
@@ -79,7 +80,13 @@ class Loader:
         self.device = torch.device(device)
         self.wait_s = 0.0
         shards = data.shards if isinstance(data.shards, str) else list(data.shards)
-        self.index = ShardIndex.open(shards, parts=data.parts or None, cache_dir=loading.cache_dir, check=False)
+        self.index = ShardIndex.open(
+            shards,
+            parts=data.parts or None,
+            key_pattern=data.key_pattern or DEFAULT_KEY,
+            cache_dir=loading.cache_dir,
+            check=False,
+        )
         _check_sizes(self.index, data.max_broken)
         for message in self.index.warnings() if rank == 0 else ():
             warnings.warn(message, stacklevel=2)
