@@ -114,7 +114,7 @@ def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> in
 
 
 def _prepare(config: PretrainConfig, home: Path) -> Submission:
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     write_atomically(home / "config.yaml", dump(config))
     submission = new_submission(home, PRETRAIN)
     write_atomically(submission.folder / "config.yaml", dump(config))

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster import launch, launching, sweep
+from cluster import executor, launch, launching, slurm, sweep
+from cluster.job import Job
 from cluster.submission import hold, new_submission
 from configs import LinearProbeConfig, UserError
 
@@ -140,6 +143,30 @@ def test_sweeps_make_a_run_for_each_combination(place: Path) -> None:
     }
     with pytest.raises(UserError, match="expected key=value"):
         sweep.combinations(["optimizer.lr"])
+
+
+def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[tuple[int, str]] = []
+
+    def submit(jobs: Sequence[Job], folder: Path, parameters: Mapping[str, Any]) -> list[str]:
+        submitted.append((len(jobs), parameters["additional_parameters"].get("dependency", "")))
+        return [f"7_{number}" for number in range(len(jobs))] if len(jobs) > 1 else [f"{70 + len(submitted)}"]
+
+    monkeypatch.setattr(executor, "submit_slurm", submit)
+    monkeypatch.setattr(slurm, "partitions", lambda name: [slurm.Partition("a", True, None, 4, 64, 256_000, {})])
+    downstream = "downstream=[{job: object_discovery, data: shards}]"
+    sweep_lr = ["--sweep", "optimizer.lr=1e-3,3e-4"]
+    assert launch.main(["run.yaml", "cluster.executor=slurm", downstream, *sweep_lr]) == 0
+    assert submitted[0] == (2, "")
+    assert [after for _, after in submitted[1:]] == ["afterok:7_0", "afterok:7_0,afterany:72"] + [
+        "afterok:7_1",
+        "afterok:7_1,afterany:74",
+    ]
+    assert "runs/r_lr-3e-4: SLURM job 7_1 and 2 after it" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"exists; go on with: .* resume r_lr-1e-3"):
+        launch.main(["run.yaml", "cluster.executor=slurm", *sweep_lr])
 
 
 def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from cluster.state import state_of
 from cluster.submission import latest
 from tests.slurm import nodes
-from tests.slurm.conftest import STEPS, Desk
+from tests.slurm.conftest import PATIENCE_S, STEPS, Desk
 from tests.slurm.moments import strike
 
 pytestmark = pytest.mark.slurm
@@ -86,9 +86,8 @@ def test_a_sweep_is_one_array(desk: Desk, healed: None) -> None:
     assert all(run in said for run in runs)
     jobs = [desk.job_id(run) for run in runs]
     assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
-    for run in runs:
-        desk.await_step(run, 5)
-    nodes.command("scancel", "--signal=USR2", jobs[0])
+    strike(desk.training(runs[0]), 0, "importing", "signal")
+    nodes.wait_for("the second task", lambda: bool(desk.training(runs[1]).lives()), PATIENCE_S)
     nodes.kill_rank(nodes.command("squeue", "-h", "-j", jobs[1], "-o", "%A"), 1)
     for run in runs:
         assert desk.await_end(run).status == "finished"
