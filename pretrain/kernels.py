@@ -25,6 +25,7 @@ from pretrain.distributed import Ranks, broadcast_json
 from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.kernels import build, native
 from pretrain.models.kuramoto import KERNELS, KuramotoLayer, Readout
+from pretrain.native import find_compiler
 
 # {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
 Row = dict[str, Any]
@@ -134,7 +135,7 @@ def available(
                 return ["plain", "native"], ""
         if isinstance(layer.coupling, AttentionCoupling):
             note = build.library().reason
-    if compute.compile and (device.type == "cuda" or build.find_compiler() is not None):
+    if compute.compile and (device.type == "cuda" or find_compiler() is not None):
         names.append("compiled")
     elif compute.compile and not note:
         note = "no C++ compiler found: torch.compile is left out, steps are slower"

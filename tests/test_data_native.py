@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pretrain.data import native
+from pretrain.native import find_compiler
 
-needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("AKORN_CACHE", raising=False)
     path = tmp_path / "answer.cpp"
     path.write_text('extern "C" long answer(long x) { return 2 * x; }')
     return path
@@ -58,6 +61,6 @@ def test_a_cache_that_cannot_be_written_is_passed_over(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "other"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "other"))
     assert native.library.__wrapped__(source) is not None
     assert list((tmp_path / "other").rglob("*.so"))
