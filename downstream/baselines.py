@@ -15,8 +15,6 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from downstream import kmeans, metrics
-from downstream.grouping import enlarge
-from downstream.metrics import IGNORE
 from downstream.samples import Scene
 
 MAX_POINTS = 256  # pixels per cluster that k-means learns from
@@ -50,22 +48,14 @@ def one_segment(scene: Scene, clusters: int) -> Tensor:
 
 
 def grid_ceiling(scene: Scene, grid: tuple[int, int], *, foreground: bool) -> Tensor:
-    """What labels on a grid of tokens can reach at best: each token takes the most frequent true label of its pixels.
+    """What labels [B, h, w] of tokens can reach at best: each takes the most frequent true label of its pixels.
 
     foreground: objects come before background, which is best for scores that look at objects' pixels only (FG-ARI).
     """
-    truth = scene.instances
-    size = (truth.shape[1], truth.shape[2])
-    tokens = enlarge(torch.arange(grid[0] * grid[1]).view(1, *grid), size)[0]
-    labels = int(truth.max()) + 1
-    cells = tokens.flatten() * labels + truth.clamp_min(0).flatten(1)
-    votes = []
-    for cell, valid in zip(cells, truth.flatten(1) != IGNORE):
-        counts = torch.bincount(cell[valid], minlength=grid[0] * grid[1] * labels).view(-1, labels)
-        if foreground:
-            counts = counts * torch.where(torch.arange(labels) > 0, truth[0].numel(), 1)
-        votes.append(counts.argmax(1).view(grid))
-    return enlarge(torch.stack(votes), size)
+    counts = metrics.by_token(scene.instances + 1, grid)[:, 1:]  # without ignored pixels
+    if foreground:
+        counts[:, 1:] *= scene.instances[0].numel()
+    return counts.argmax(1).view(-1, *grid)
 
 
 def grid_scores(scene: Scene, grid: tuple[int, int]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from configs import ObjectDiscoveryConfig, UserError
 from configs.presets import PRESETS, Preset
 from downstream import kmeans, metrics
 from downstream.encoder import Encoder
-from downstream.grouping import Grouping, Method, enlarge, group_sweep
+from downstream.grouping import Grouping, Method, group_sweep
 from downstream.samples import Samples, Scene
 from downstream.tiling import interleave, shifted_crops
 
@@ -122,12 +122,11 @@ def segments(encoder: Encoder, images: Tensor, protocol: Protocol, *, start: int
 
 def score_scene(encoder: Encoder, scene: Scene, protocol: Protocol) -> dict[str, list[list[float]]]:
     """Scores by name as [S][B], those of the sweep as `k=7/fg_ari`; energies where starts are chosen by them."""
-    size = (scene.instances.shape[1], scene.instances.shape[2])
     found: dict[str, list[list[float]]] = {}
     for start in range(protocol.starts_of(encoder)):
         for number, cut in enumerate(segments(encoder, scene.images, protocol, start=start)):
             prefix = f"k={protocol.sweep[number - 1]}/" if number else ""
-            for name, values in metrics.score(scene.instances, enlarge(cut, size), scene.classes).items():
+            for name, values in metrics.score(scene.instances, cut, scene.classes).items():
                 found.setdefault(prefix + name, []).append(values.tolist())
         if protocol.choose == "energy" and encoder.has_oscillators:
             found.setdefault("energy", []).append(encoder.energy(scene.images, start_seed=start).tolist())

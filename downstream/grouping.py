@@ -41,8 +41,14 @@ class Grouping:
 
 
 def tokens_of(maps: Tensor, grouping: Grouping) -> Tensor:
-    """Maps [B, D, h, w] -> what is clustered, [B, h*w, d] float32: unit length over channels, then reduced."""
+    """Maps [B, D, h, w] -> what is clustered, [B, h*w, d] float32: unit length over channels, then reduced.
+
+    Raises:
+        ValueError: features are not finite.
+    """
     tokens = F.normalize(maps.float(), dim=1).flatten(2).mT
+    if not bool(torch.isfinite(tokens).all()):
+        raise ValueError("features are not finite: the backbone diverged or its weights are damaged")
     return tokens if grouping.components is None else pca(tokens, grouping.components)
 
 
@@ -59,8 +65,6 @@ def group_sweep(maps: Tensor, grouping: Grouping, clusters: list[int]) -> list[T
     """`group` for several numbers of clusters; linkage builds its dendrogram once."""
     images, _, height, width = maps.shape
     tokens = tokens_of(maps, grouping)
-    if not bool(torch.isfinite(tokens).all()):
-        raise ValueError("features are not finite: the backbone diverged or its weights are damaged")
     if grouping.method == "linkage":
         tree = average_linkage(tokens)
         cuts = [tree.cut_at(grouping.distance) if grouping.distance is not None else tree.cut(k) for k in clusters]

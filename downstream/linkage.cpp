@@ -5,8 +5,9 @@
 // Computer Journal 26(4), 1983; D. Muellner, arXiv 1109.2378.
 //
 // What the textbook algorithm spends its time on is writing the *column* of each new cluster: one cache line and one
-// page per row for 8 bytes. Here new clusters take new columns at the end of the rows, and columns are written eight
-// at a time, a whole cache line per row. Rows are searched by whole vectors, distances computed in register tiles.
+// page per row for 4 bytes. Here new clusters take new columns at the end of the rows, and columns are written sixteen
+// at a time, a whole cache line per row. Rows are searched by whole vectors, distances computed in register tiles, in
+// double; they are kept in float, since reading and writing them is all that the rest of the algorithm does.
 //
 // Plain C interface without the interpreter's headers, called through ctypes (downstream/linkage.py).
 
@@ -26,30 +27,32 @@
 namespace {
 
 using Index = int64_t;
-constexpr double kFar = 1e300;   // the distance of a cluster to itself, and to columns that stand for no cluster
-constexpr Index kLine = 8;       // doubles in a cache line: columns written at a time
-constexpr Index kBlock = 64;     // distances compared at a time: eight vectors of AVX-512
+constexpr float kFar = 1e30f;    // the distance of a cluster to itself, and to columns that stand for no cluster
+constexpr Index kTile = 8;       // tokens whose distances are computed together: a vector of doubles
+constexpr Index kLine = 16;      // floats in a cache line: columns written at a time
+constexpr Index kBlock = 64;     // distances compared at a time: four vectors of AVX-512
+constexpr Index kPanel = 64;     // tokens that stay in the second cache while all others pass by
 
 Index round_up(Index value, Index multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-using Vector = double __attribute__((vector_size(kLine * sizeof(double)), aligned(8)));
+using Vector = double __attribute__((vector_size(kTile * sizeof(double)), aligned(8)));
 
-// Inner products of a tile of tokens [channels, kLine] with two others. Written with vectors, since compilers do not
+// Inner products of a tile of tokens [channels, kTile] with two others. Written with vectors, since compilers do not
 // find the 16 accumulators by themselves. Every pair is summed in the same order: equal tokens lie at exactly 0.
 void products(const double* rows, const double* first, const double* second, Index channels,
-              double out[kLine][2 * kLine]) {
-  Vector low[kLine] = {}, high[kLine] = {};
-  for (Index c = 0; c < channels; ++c, rows += kLine, first += kLine, second += kLine) {
+              double out[kTile][2 * kTile]) {
+  Vector low[kTile] = {}, high[kTile] = {};
+  for (Index c = 0; c < channels; ++c, rows += kTile, first += kTile, second += kTile) {
     const Vector one = *reinterpret_cast<const Vector*>(first), two = *reinterpret_cast<const Vector*>(second);
 #pragma GCC unroll 8
-    for (Index i = 0; i < kLine; ++i) {
+    for (Index i = 0; i < kTile; ++i) {
       low[i] += one * rows[i];
       high[i] += two * rows[i];
     }
   }
-  for (Index i = 0; i < kLine; ++i) {
+  for (Index i = 0; i < kTile; ++i) {
     *reinterpret_cast<Vector*>(out[i]) = low[i];
-    *reinterpret_cast<Vector*>(out[i] + kLine) = high[i];
+    *reinterpret_cast<Vector*>(out[i] + kTile) = high[i];
   }
 }
 
@@ -63,8 +66,8 @@ class Clusters {
  public:
   explicit Clusters(Index tokens)
       : tokens_(tokens), stride_(round_up(tokens + tokens / 4 + 2 * kBlock, kLine) + kLine) {
-    const size_t bytes = round_up(tokens_ * stride_ * sizeof(double), 1 << 21);
-    matrix_ = static_cast<double*>(std::aligned_alloc(1 << 21, bytes));
+    const size_t bytes = round_up(tokens_ * stride_ * sizeof(float), 1 << 21);
+    matrix_ = static_cast<float*>(std::aligned_alloc(1 << 21, bytes));
 #ifdef __linux__
     madvise(matrix_, bytes, MADV_HUGEPAGE);
 #endif
@@ -104,61 +107,61 @@ class Clusters {
   }
 
  private:
-  double* row(Index cluster) { return matrix_ + row_[cluster] * stride_; }
-  double distance(Index a, Index b) { return b < columns_ ? row(a)[b] : row(b)[a]; }
+  float* row(Index cluster) { return matrix_ + row_[cluster] * stride_; }
+  float distance(Index a, Index b) { return b < columns_ ? row(a)[b] : row(b)[a]; }
 
   // Euclidean distances of features [tokens, channels]. Tiles of 8 x 16 pairs stay in registers; each is written to
   // its place and, transposed, to the mirrored one.
   void start(const float* features, Index channels) {
-    const Index n = tokens_, tile = channels * kLine;
+    const Index n = tokens_, tile = channels * kTile;
     std::vector<double> mean(channels);  // tokens are centred: smaller norms, less cancellation in the distances
     for (Index t = 0; t < n; ++t)
       for (Index c = 0; c < channels; ++c) mean[c] += features[t * channels + c];
     for (double& value : mean) value /= n;
-    std::vector<double> packed(round_up(n, 2 * kLine) * channels);  // [tiles, channels, kLine]
+    std::vector<double> packed(round_up(n, 2 * kTile) * channels);  // [tiles, channels, kTile]
     for (Index t = 0; t < n; ++t)
       for (Index c = 0; c < channels; ++c)
-        packed[t / kLine * tile + c * kLine + t % kLine] = features[t * channels + c] - mean[c];
-    std::vector<double> norm(round_up(n, 2 * kLine));
-    double pairs[kLine][2 * kLine];
-    for (Index t = 0; t < n; t += kLine) {
-      const double* own = packed.data() + t / kLine * tile;
+        packed[t / kTile * tile + c * kTile + t % kTile] = features[t * channels + c] - mean[c];
+    std::vector<double> norm(round_up(n, 2 * kTile));
+    double pairs[kTile][2 * kTile];
+    for (Index t = 0; t < n; t += kTile) {
+      const double* own = packed.data() + t / kTile * tile;
       products(own, own, own, channels, pairs);
-      for (Index i = 0; i < kLine; ++i) norm[t + i] = pairs[i][i];
+      for (Index i = 0; i < kTile; ++i) norm[t + i] = pairs[i][i];
     }
-    for (Index j0 = 0; j0 < n; j0 += 2 * kLine) {
-      const double* panel = packed.data() + j0 / kLine * tile;
-      for (Index i0 = 0; i0 < std::min(j0 + 2 * kLine, n); i0 += kLine) {
-        products(packed.data() + i0 / kLine * tile, panel, panel + tile, channels, pairs);
-        for (Index i = 0; i < kLine; ++i)
-          for (Index j = 0; j < 2 * kLine; ++j)
-            pairs[i][j] = std::sqrt(std::max(norm[i0 + i] + norm[j0 + j] - 2 * pairs[i][j], 0.0));
-        for (Index i = 0; i < std::min(kLine, n - i0); ++i)
-          std::copy(pairs[i], pairs[i] + 2 * kLine, matrix_ + (i0 + i) * stride_ + j0);
-        for (Index j = 0; j < std::min(2 * kLine, n - j0); ++j)
-          for (Index i = 0; i < kLine; ++i) matrix_[(j0 + j) * stride_ + i0 + i] = pairs[i][j];
-      }
-    }
+    for (Index panel = 0; panel < n; panel += kPanel)
+      for (Index i0 = 0; i0 < std::min(panel + kPanel, n); i0 += kTile)
+        for (Index j0 = std::max(panel, i0 / (2 * kTile) * 2 * kTile); j0 < std::min(panel + kPanel, n); j0 += 2 * kTile) {
+          const double* columns = packed.data() + j0 / kTile * tile;
+          products(packed.data() + i0 / kTile * tile, columns, columns + tile, channels, pairs);
+          for (Index i = 0; i < kTile; ++i)
+            for (Index j = 0; j < 2 * kTile; ++j)
+              pairs[i][j] = std::sqrt(std::max(norm[i0 + i] + norm[j0 + j] - 2 * pairs[i][j], 0.0));
+          for (Index i = 0; i < std::min(kTile, n - i0); ++i)
+            std::copy(pairs[i], pairs[i] + 2 * kTile, matrix_ + (i0 + i) * stride_ + j0);
+          for (Index j = 0; j < std::min(2 * kTile, n - j0); ++j)
+            for (Index i = 0; i < kTile; ++i) matrix_[(j0 + j) * stride_ + i0 + i] = pairs[i][j];
+        }
     columns_ = next_ = round_up(n, kLine);
     for (Index i = 0; i < n; ++i) {
-      double* own = matrix_ + i * stride_;
+      float* own = matrix_ + i * stride_;
       own[i] = kFar;
       std::fill(own + n, own + columns_, kFar);
       row_[i] = leaf_[i] = i;
-      size_[i] = 1.0;
+      size_[i] = 1;
     }
     std::fill(dead_.begin(), dead_.end(), kFar);
-    std::fill(dead_.begin(), dead_.begin() + n, 0.0);
+    std::fill(dead_.begin(), dead_.begin() + n, 0.0f);
     merges_.clear();
   }
 
   // The nearest cluster to i; of equals `prefer` if it is among them, else the first column.
   Index nearest(Index i, Index prefer) {
-    const double *own = row(i), *off = dead_.data();
-    double best = kFar;
+    const float *own = row(i), *off = dead_.data();
+    float best = kFar;
     Index block = 0, j = 0;
     for (; j + kBlock <= columns_; j += kBlock) {
-      double low = kFar;
+      float low = kFar;
       for (Index lane = 0; lane < kBlock; ++lane) low = std::min(low, own[j + lane] + off[j + lane]);
       if (low < best) { best = low; block = j; }
     }
@@ -179,13 +182,13 @@ class Clusters {
     const Index made = next_++;
     size_[made] = size_[a] + size_[b];
     leaf_[made] = leaf_[a];
-    const double share_a = size_[a] / size_[made], share_b = size_[b] / size_[made];
+    const float share_a = size_[a] / size_[made], share_b = size_[b] / size_[made];
     dead_[a] = dead_[b] = kFar;
-    double to_pending[kLine];  // before row a is overwritten; columns of dead clusters must hold numbers, too
+    float to_pending[kLine];  // before row a is overwritten; columns of dead clusters must hold numbers, too
     for (Index p = columns_; p < made; ++p)
       to_pending[p - columns_] = dead_[p] == 0 ? share_a * row(p)[a] + share_b * row(p)[b] : kFar;
-    double* joined = row(a);
-    const double* other = row(b);
+    float* joined = row(a);
+    const float* other = row(b);
     for (Index k = 0; k < columns_; ++k) joined[k] = share_a * joined[k] + share_b * other[k];
     row_[made] = row_[a];
     for (Index p = columns_; p < made; ++p) {
@@ -193,17 +196,17 @@ class Clusters {
       if (dead_[p] == 0) row(p)[made] = joined[p];
     }
     joined[made] = kFar;
-    dead_[made] = 0.0;
+    dead_[made] = 0;
     if (next_ == columns_ + kLine) flush();
   }
 
   // Write the pending columns into the rows of all clusters, a cache line a row.
   void flush() {
-    const double* source[kLine];
+    const float* source[kLine];
     for (Index p = 0; p < kLine; ++p) source[p] = dead_[columns_ + p] == 0 ? row(columns_ + p) : nullptr;
     for (Index k = 0; k < columns_; ++k) {
       if (dead_[k] != 0) continue;
-      double* out = row(k) + columns_;
+      float* out = row(k) + columns_;
       for (Index p = 0; p < kLine; ++p) out[p] = source[p] != nullptr ? source[p][k] : kFar;
     }
     columns_ = next_;
@@ -219,7 +222,7 @@ class Clusters {
       for (Index i = 0; i < columns_; ++i)
         if (dead_[k] == 0 && dead_[i] == 0) row(i)[k] = row(k)[i];
     for (Index k = 0; k < n; ++k) {
-      double* own = row(keep[k]);
+      float* own = row(keep[k]);
       for (Index j = 0; j < n; ++j) own[j] = own[keep[j]];
       std::fill(own + n, own + width, kFar);
     }
@@ -229,16 +232,16 @@ class Clusters {
       leaf_[k] = leaf_[keep[k]];
     }
     std::fill(dead_.begin(), dead_.end(), kFar);
-    std::fill(dead_.begin(), dead_.begin() + n, 0.0);
+    std::fill(dead_.begin(), dead_.begin() + n, 0.0f);
     for (Index& cluster : chain) cluster = place[cluster];
     columns_ = next_ = width;
   }
 
   Index tokens_, stride_, live_ = 0;
   Index columns_ = 0, next_ = 0;  // columns written in all rows; columns given out
-  double* matrix_;
+  float* matrix_;
   std::vector<Index> row_, leaf_;      // by cluster: its row, one of its leaves
-  std::vector<double> size_, dead_;    // by cluster: tokens in it; 0 for a cluster, kFar for none
+  std::vector<float> size_, dead_;    // by cluster: tokens in it; 0 for a cluster, kFar for none
   std::vector<Merge> merges_;
 };
 

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from downstream.grouping import enlarge
 
 IGNORE = -1
 _LARGEST_TABLE = 1024  # labels above this are renumbered per image, so that tables stay small
@@ -41,25 +44,45 @@ def overlap(truth: Tensor, prediction: Tensor) -> Overlap:
 
     Args:
         truth: [B, H, W] integers; 0 background, -1 ignored, 1.. objects.
-        prediction: [B, H, W] integers from 0.
+        prediction: [B, H, W] integers from 0, or [B, h, w] on a grid of tokens, enlarged by nearest neighbour.
 
     Raises:
-        ValueError: the shapes differ or a label is out of range.
+        ValueError: the shapes do not fit or a label is out of range.
     """
-    if truth.shape != prediction.shape or truth.ndim != 3:
+    coarser = all(small <= large for small, large in zip(prediction.shape[1:], truth.shape[1:]))
+    if truth.ndim != 3 or prediction.ndim != 3 or len(truth) != len(prediction) or not coarser:
         raise ValueError(f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} must both be [B, H, W]")
-    if truth.numel() == 0:
+    if truth.numel() == 0 or prediction.numel() == 0:
         raise ValueError("no pixels to score")
+    grid, size = prediction.shape[1:], truth.shape
     truth, prediction = _compact(truth.flatten(1)), _compact(prediction.flatten(1))
     if int(truth.min()) < IGNORE or int(prediction.min()) < 0:
         raise ValueError("true labels start at -1 (ignore), predicted segments at 0")
-    num_truth, num_segments = int(truth.max()) + 2, int(prediction.max()) + 1  # row 0: ignored, row 1: background
-    num_truth = max(num_truth, 3)
-    cell = (truth + 1) * num_segments + prediction
-    cell += torch.arange(len(truth), device=truth.device)[:, None] * (num_truth * num_segments)
-    counts = torch.bincount(cell.flatten(), minlength=len(truth) * num_truth * num_segments)
-    counts = counts.view(len(truth), num_truth, num_segments)
+    num_segments = int(prediction.max()) + 1
+    labels = truth + 1  # 0: ignored, 1: background
+    if grid == size[1:]:
+        counts = tally(labels, prediction, num_segments)
+    else:
+        tokens = by_token(labels.view(size), (grid[0], grid[1]))
+        counts = tokens.new_zeros(*tokens.shape[:2], num_segments)
+        counts.scatter_add_(2, prediction[:, None].expand_as(tokens), tokens)
+    counts = F.pad(counts, (0, 0, 0, max(0, 3 - counts.shape[1])))  # a row for objects even where there are none
     return Overlap(objects=counts[:, 2:], background=counts[:, 1])
+
+
+def by_token(labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many pixels of each label lie in each token of a grid: [B, H, W] from 0 -> [B, labels, h * w]."""
+    tokens = torch.arange(grid[0] * grid[1], device=labels.device).view(1, *grid)
+    places = enlarge(tokens, (labels.shape[1], labels.shape[2])).flatten(1)
+    return tally(labels.flatten(1), places, grid[0] * grid[1])
+
+
+def tally(labels: Tensor, places: Tensor, num_places: int) -> Tensor:
+    """How often each label [B, M] stands at each place [B, M] or [1, M], from 0: [B, labels (>= 2), num_places]."""
+    images, count = len(labels), max(int(labels.max()), 1) + 1
+    cell = torch.add(places, labels, alpha=num_places)
+    cell += torch.arange(images, device=labels.device)[:, None] * (count * num_places)
+    return torch.bincount(cell.flatten(), minlength=images * count * num_places).view(images, count, num_places)
 
 
 def _compact(labels: Tensor) -> Tensor:
@@ -136,7 +159,8 @@ def score(truth: Tensor, prediction: Tensor, classes: Tensor | None = None) -> d
     """All scores of a batch, each [B] float64 on the CPU, NaN where not defined.
 
     Args:
-        truth: [B, H, W] instances. prediction: [B, H, W] segments. classes: [B, H, W] semantic labels, for mbo_c.
+        truth: [B, H, W] instances. prediction: [B, H, W] or [B, h, w] segments. classes: [B, H, W] semantic
+            labels, for mbo_c.
 
     Returns:
         fg_ari, fg_ari_2 (images with two or more objects only), ari, mbo_i, miou and, with classes, mbo_c.

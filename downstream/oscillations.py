@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from downstream.encoder import Encoder
-from downstream.grouping import enlarge
+from downstream.metrics import by_token
 from downstream.samples import Scene
 
 
@@ -56,11 +56,7 @@ def look(encoder: Encoder, scene: Scene, *, start_seed: int = 0) -> Oscillations
 
 def tokens_of(instances: Tensor, grid: tuple[int, int]) -> Tensor:
     """The most frequent label of each token's pixels, [B, N]; ignored pixels count as background."""
-    cell = enlarge(torch.arange(grid[0] * grid[1]).view(1, *grid), (instances.shape[1], instances.shape[2]))[0]
-    labels = int(instances.max()) + 1
-    place = cell.flatten() * labels + instances.clamp_min(0).flatten(1)
-    counts = torch.stack([torch.bincount(one, minlength=grid[0] * grid[1] * labels) for one in place])
-    return counts.view(len(instances), -1, labels).argmax(2)
+    return by_token(instances.clamp_min(0), grid).argmax(1)
 
 
 def coherence(states: Tensor, truth: Tensor, *, oscillators: int) -> tuple[np.ndarray, np.ndarray]:

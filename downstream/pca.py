@@ -7,10 +7,12 @@ B images, N tokens, C channels, d components.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
+
+from downstream.eigen import leading
+
+_NUMBERS = 2**25  # features reduced at a time: bounds memory
 
 
 def pca(features: Tensor, components: int) -> Tensor:
@@ -29,23 +31,15 @@ def pca(features: Tensor, components: int) -> Tensor:
     features = features.float()
     if channels <= components or tokens - 1 <= components:
         return features
-    threads = torch.get_num_threads()
-    if features.is_cuda or threads == 1 or len(features) < 2 * threads:
-        return _project(features, components)
-    # Small eigenproblems gain nothing from several threads each: a thread for each part of the batch.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(lambda part: _project(part, components), features.chunk(threads))))
-    finally:
-        torch.set_num_threads(threads)
+    at_once = max(1, _NUMBERS // (tokens * channels))
+    return torch.cat([_project(part, components) for part in features.split(at_once)])
 
 
 def _project(features: Tensor, components: int) -> Tensor:
-    tokens, channels = features.shape[1:]
+    channels, tokens = features.shape[2], features.shape[1]
     centred = features - features.mean(1, keepdim=True)
     if channels <= tokens:
-        axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -components:]  # rising eigenvalues
+        _, axes = leading(centred.mT @ centred, components)
         return centred @ axes
-    values, vectors = torch.linalg.eigh(centred @ centred.mT)  # U S of the singular value decomposition
-    return vectors[..., -components:] * values[:, None, -components:].clamp_min(0).sqrt()
+    values, vectors = leading(centred @ centred.mT, components)  # U S of the singular value decomposition
+    return vectors * values[:, None].clamp_min(0).sqrt()

@@ -17,8 +17,7 @@ from torch import Tensor
 from configs.presets import Preset
 from downstream import probe
 from downstream.encoder import Encoder
-from downstream.grouping import enlarge
-from downstream.metrics import IGNORE
+from downstream.metrics import IGNORE, by_token
 from downstream.samples import CLASSES, Samples, Scene
 
 MOST_TOKENS = 1_000_000  # training tokens kept: images beyond are thinned evenly
@@ -80,11 +79,7 @@ def token_table(
 
 def token_classes(classes: Tensor, grid: tuple[int, int]) -> Tensor:
     """The most frequent label of each token's pixels, [B, h * w]; IGNORE where most are ignored."""
-    cell = enlarge(torch.arange(grid[0] * grid[1]).view(1, *grid), (classes.shape[1], classes.shape[2]))[0].flatten()
-    count = int(classes.max()) + 2
-    place = cell * count + classes.flatten(1) + 1
-    votes = torch.stack([torch.bincount(one, minlength=grid[0] * grid[1] * count) for one in place])
-    return votes.view(len(classes), -1, count).argmax(2) - 1
+    return by_token(classes + 1, grid).argmax(1) - 1
 
 
 def confusion(encoder: Encoder, heads: probe.Heads, scene: Scene) -> Tensor:

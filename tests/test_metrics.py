@@ -84,6 +84,26 @@ def test_large_labels_are_renumbered() -> None:
         assert value.item() == pytest.approx(metrics.score(truth, prediction)[name].item(), nan_ok=True)
 
 
+@pytest.mark.parametrize(("grid", "size"), [((3, 4), (12, 12)), ((5, 3), (12, 13))])
+def test_segments_of_tokens_score_as_their_enlargement(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(-1, 4, (4, *size), generator=generator)
+    tokens = torch.randint(0, 5, (4, *grid), generator=generator)
+    large = torch.nn.functional.interpolate(tokens[:, None].float(), size=size)[:, 0].long()
+    known = metrics.score(truth, large, truth.clamp(-1, 1))
+    for name, value in metrics.score(truth, tokens, truth.clamp(-1, 1)).items():
+        torch.testing.assert_close(value, known[name], equal_nan=True)
+    counts = metrics.by_token(truth + 1, grid)
+    assert counts.sum() == truth.numel()
+    assert counts[2, 1].sum() == (truth[2] == 0).sum()
+
+
+def test_images_of_ignored_pixels_only_have_no_scores() -> None:
+    nothing = torch.full((2, 6, 6), -1)
+    for prediction in (torch.zeros(2, 6, 6), torch.zeros(2, 3, 3)):
+        assert all(value.isnan().all() for value in metrics.score(nothing, prediction, nothing).values())
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="must both be"):
         metrics.overlap(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3))

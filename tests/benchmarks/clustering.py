@@ -24,7 +24,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from downstream import metrics
-from downstream.grouping import Grouping, enlarge, group
+from downstream.grouping import Grouping, group
 
 COMPONENTS, CLUSTERS, PIXELS_PER_TOKEN = 128, 7, {8: 4, 16: 8, 64: 4}
 
@@ -76,7 +76,7 @@ def batched(features: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, 
     for start in range(0, len(features), 64):
         part = group(features[start : start + 64], Grouping(clusters=CLUSTERS, components=COMPONENTS))
         segments.append(part)
-        scores.append(metrics.score(truth[start : start + 64], enlarge(part, tuple(truth.shape[1:]))))
+        scores.append(metrics.score(truth[start : start + 64], part))
     return torch.cat(segments), {name: torch.cat([one[name] for one in scores]) for name in scores[0]}
 
 
