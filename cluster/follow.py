@@ -178,7 +178,9 @@ def _tell_state(submission: Submission, state: State, reader: RunReader, screen:
 
 def _early_lines(submission: Submission) -> list[str]:
     """What was printed before the rank had opened its own log."""
-    logs = [*submission.submitit_folder.glob("*_log.out"), submission.folder / "supervisor.log"]
+    record = submission.record()
+    job_id = record.job_id if record else "*"
+    logs = [*submission.submitit_folder.glob(f"{job_id}_*_log.out"), submission.folder / "supervisor.log"]
     return next((lines for log in logs if (lines := last_lines(log, _LOG_LINES))), [])
 
 

@@ -104,6 +104,7 @@ def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> in
     jobs = [Job(str(training.folder), chain.ENTRIES[PRETRAIN]) for training in trainings]
     job_ids = executor.submit_slurm(jobs, folder, parameters)
     for config, home, training, job_id in zip(configs, homes, trainings, job_ids):
+        training.submitit_folder.symlink_to(folder)  # an array has one for all its tasks
         restarts = config.resilience.max_restarts
         executor.record(training, resources, job=PRETRAIN, job_id=job_id, code=code, max_restarts=restarts)
         links = chain.links(config, home, in_sequence=False)[1:]

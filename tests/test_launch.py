@@ -165,6 +165,7 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
         "afterok:7_1,afterany:74",
     ]
     assert "runs/r_lr-3e-4: SLURM job 7_1 and 2 after it" in capsys.readouterr().out
+    assert (place / "runs" / "r_lr-3e-4" / "jobs" / "0000_pretrain" / "submitit").is_symlink()
     with pytest.raises(UserError, match=r"exists; go on with: .* resume r_lr-1e-3"):
         launch.main(["run.yaml", "cluster.executor=slurm", *sweep_lr])
 

@@ -93,6 +93,8 @@ def test_a_sweep_is_one_array(desk: Desk, healed: None) -> None:
         assert desk.await_end(run).status == "finished"
         assert [row["step"] for row in desk.rows(run)] == list(range(1, STEPS + 1))
         assert len(desk.training(run).lives()) == 2
+    (failure,) = desk.training(runs[1]).failures()
+    assert "Killed" in failure["exits"]
     first, second = (desk.rows(run)[-1]["loss"] for run in runs)
     assert first != second
 

@@ -325,7 +325,10 @@ node_cmd() {  # crash|kill-slurmd|unplug|plug|start INDEX
       end=$((SECONDS + 60))
       while :; do
         st=$(SLURM_CONF=$ROOT/etc/slurm.conf timeout 5 sinfo -h -n "$n" -o %T | head -1)
-        case $st in idle|mixed|allocated) return 0 ;; esac
+        case $st in
+          idle|mixed|allocated) return 0 ;;
+          drain*) SLURM_CONF=$ROOT/etc/slurm.conf scontrol update "NodeName=$n" State=RESUME ;;  # a task died slowly
+        esac
         [ $SECONDS -lt $end ] || { say "$n is $st"; return 1; }
         sleep 0.2
       done ;;
