@@ -68,7 +68,7 @@ def test_a_run_finishes_and_says_where_things_are(place: Path, capsys: pytest.Ca
     assert "runs/r" in said
     assert "pretrain: finished" in said
     assert [row["step"] for row in rows(place / "runs" / "r")] == list(range(1, 21))
-    assert (place / "runs" / "r" / "logs" / "pretrain.rank1.log").exists()
+    assert (place / "runs" / "r" / "logs" / "pretrain.rank0.log").exists()
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
