@@ -162,3 +162,16 @@ def test_existing_shards_are_written_anew(tmp_path: Path) -> None:
     assert found[0].parts == {"png": image, "cls": b"4"}
     assert isinstance(found[1], Broken)
     assert isinstance(found[2], Sample)
+
+
+@pytest.mark.parametrize("at", [8, 10], ids=["encrypted", "compression"])
+def test_npz_files_that_zipfile_cannot_read_are_refused(tmp_path: Path, at: int) -> None:
+    """A flag or a compression method, in the local header and in the directory, that stands for what is not supported."""
+    np.savez(tmp_path / "odd.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
+    content = bytearray((tmp_path / "odd.npz").read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[at - 2] |= 1 if at == 8 else 97
+    content[directory + at] |= 1 if at == 8 else 97
+    (tmp_path / "odd.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"odd\.npz cannot be used"):
+        npz.open_source("npz", request(tmp_path / "odd.npz", tmp_path))

@@ -7,8 +7,10 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
+import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -77,7 +79,18 @@ def _load(path: Path) -> ArraySource:
             if found is None:
                 raise ValueError(f"it has {', '.join(archive.files) or 'nothing'}, but no 'images'")
         return ArraySource(_bytes(found), None if labels is None else _maps(labels, len(found)))
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,  # encrypted, or of a compression or version that zipfile does not know
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
 

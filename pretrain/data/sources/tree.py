@@ -180,7 +180,7 @@ class ZipTree:
     def _opened(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.place)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise UserError(f"{self.place} cannot be read as a zip archive: {error}; download it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
