@@ -166,7 +166,7 @@ def test_existing_shards_are_written_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [8, 10], ids=["encrypted", "compression"])
 def test_npz_files_that_zipfile_cannot_read_are_refused(tmp_path: Path, at: int) -> None:
-    """A flag or a compression method, in the local header and in the directory, that stands for what is not supported."""
+    """A flag or a method, in the local header and in the directory, that stands for what is not supported."""
     np.savez(tmp_path / "odd.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
     content = bytearray((tmp_path / "odd.npz").read_bytes())
     directory = content.index(b"PK\x01\x02")
