@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from pretrain import bench, timing, workloads
@@ -67,7 +67,8 @@ def losses_of(model: nn.Module, embed: object, loss: object, steps: int) -> list
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        images, start = torch.rand(16, 3, 16, 16, generator=generator), torch.randn(16, 8, 4, 4, 4, generator=generator)
+        images = torch.rand(16, 3, 16, 16, generator=generator)
+        start = torch.randn(16, 16, 4, 4, 4, generator=generator)
         value = loss(embed(images, start))  # type: ignore[operator]
         optimizer.zero_grad()
         value.backward()
@@ -77,28 +78,37 @@ def losses_of(model: nn.Module, embed: object, loss: object, steps: int) -> list
 
 
 def test_twenty_steps_have_the_losses_of_the_published_way_of_working() -> None:
+    """By the fastest kernels: in fp32 to 1e-4, in bf16 no further from fp32 than plain bf16 is."""
     from pretrain.models.reference import convert
 
     torch.manual_seed(0)
-    arguments = {"n": 4, "ch": 32, "L": 1, "T": 4, "psize": 4, "imsize": 16, "J": "attn", "gta": True, "heads": 2}
-    plain = Plain(**arguments)
-    ours = convert(plain.state_dict(), arguments)
-    for layer in workloads.kernels.layers_of(ours.model):
-        layer.kernel = "native"
-    together = nn.ModuleList([ours.model.train(), ours.projector])
-    expected = losses_of(
-        plain,
-        lambda images, start: plain(images, start)["output"],
-        lambda z: full_nt_xent(*z.unflatten(0, (-1, 2)).unbind(1), 0.1),
-        20,
-    )
-    found = losses_of(
-        together,
-        lambda images, start: ours.projector(ours.model((images - 0.5) / 0.5, start)),
-        lambda z: nt_xent(z.unflatten(0, (-1, 2)))[0],
-        20,
-    )
-    assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < 1e-4
+    arguments = {"n": 4, "ch": 64, "L": 1, "T": 4, "psize": 4, "imsize": 16, "J": "attn", "gta": True, "heads": 4}
+    weights = Plain(**arguments).state_dict()
+
+    def of_plain() -> list[float]:
+        model = Plain(**arguments)
+        model.load_state_dict(weights)
+
+        def embed(images: Tensor, start: Tensor) -> Tensor:
+            return model(images, start)["output"].float()
+
+        return losses_of(model, embed, lambda z: full_nt_xent(*z.unflatten(0, (-1, 2)).unbind(1), 0.1), 20)
+
+    def of_ours() -> list[float]:
+        ours = convert(weights, arguments)
+        workloads.kernels.fastest(ours.model)
+        together = nn.ModuleList([ours.model.train(), ours.projector])
+
+        def embed(images: Tensor, start: Tensor) -> Tensor:
+            return ours.projector(ours.model((images - 0.5) / 0.5, start)).float()
+
+        return losses_of(together, embed, lambda z: nt_xent(z.unflatten(0, (-1, 2)))[0], 20)
+
+    expected = of_plain()
+    assert max(abs(a - b) / b for a, b in zip(of_ours(), expected, strict=True)) < 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = [max(abs(a - b) for a, b in zip(losses(), expected)) for losses in (of_ours, of_plain)]
+    assert rounded[0] < 1.5 * rounded[1]
 
 
 @pytest.mark.slow
