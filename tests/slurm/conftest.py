@@ -45,9 +45,7 @@ class Desk:
     def launch(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `python cluster/launch.py ...` here."""
         command = [sys.executable, str(REPOSITORY / "cluster" / "launch.py"), *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **nodes.environment()}, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -94,6 +92,7 @@ def slurm() -> Iterator[None]:
     trouble = nodes.start()
     if trouble is not None:
         pytest.skip(trouble)
+    os.environ.update(nodes.environment())
     yield
     if not was_up:
         nodes.stop()
