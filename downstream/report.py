@@ -175,7 +175,8 @@ def _opening(yaml_text: str) -> str:
 
 def _details(event: dict[str, Any]) -> str:
     hidden = ("event", "time", "step")
-    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden)[:160]
+    shown = {key: value for key, value in event.items() if key not in hidden and not isinstance(value, dict | list)}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())[:160]
 
 
 def _oscillator_section(folder: Path, scored: dict[str, Any]) -> str:
