@@ -146,6 +146,7 @@ def test_same_bits_every_time_and_for_any_batch() -> None:
 
 def test_shapes_that_fit_no_vector_take_the_plain_path() -> None:
     assert not native.takes(96, 4, 8, torch.float32)
+    assert not native.takes(48, 3, 3, torch.float32)
     assert not native.takes(128, 4, 8, torch.float64)
     assert not native.takes(128, 4, 8, torch.float16)
 

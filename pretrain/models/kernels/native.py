@@ -54,7 +54,7 @@ class Plan:
 def takes(dim: int, n: int, num_heads: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes layers of this shape, with products in float32 or bfloat16. Compiles it at first."""
     head_dim = dim // num_heads
-    shape = dim % (16 * n) == 0 and n <= 16 and (head_dim == 16 or (head_dim % 32 == 0 and head_dim <= 512))
+    shape = dim % (16 * n) == dim % 32 == 0 and n <= 16 and (head_dim == 16 or (head_dim % 32 == 0 and head_dim <= 512))
     if not shape or dtype not in (torch.float32, torch.bfloat16):
         return False
     found = library()
