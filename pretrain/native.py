@@ -41,6 +41,8 @@ def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     reason = ""
     for folder in _folders():
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_open(folder)
             target = folder / name
             if not target.exists():
                 _compile(source, flags, target)
@@ -70,7 +72,6 @@ def _compile(source: Path, flags: tuple[str, ...], target: Path) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError("no C++ compiler (g++, c++, clang++ or $CXX) found")
-    target.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=target.parent, suffix=".part")
     os.close(handle)
     machine = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
@@ -89,6 +90,13 @@ def _hash(source: Path, flags: tuple[str, ...]) -> str:
     files = [source, *sorted(source.parent.glob("*.h"))]
     text = [*(path.read_text() for path in files), *FLAGS, *flags, platform.machine(), *sorted(processor_flags())]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def _refuse_open(folder: Path) -> None:
+    """Raise an OSError for a folder of temporary files in which another user may have put a library."""
+    found = folder.stat()
+    if folder.parent == Path(tempfile.gettempdir()) and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise PermissionError("others can write there")
 
 
 def _folders() -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,3 +65,17 @@ def test_a_cache_that_cannot_be_written_is_passed_over(
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "other"))
     assert native.library.__wrapped__(source) is not None
     assert list((tmp_path / "other").rglob("*.so"))
+
+
+@needs_compiler
+def test_a_temporary_folder_that_others_can_write_to_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    folder = tmp_path / f"akorn-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="others can write there"):
+        assert native.library.__wrapped__(source) is None
+    assert not list(folder.iterdir())
