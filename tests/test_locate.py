@@ -19,7 +19,7 @@ NO_PATHS = {
     *("account", "constraint", "exclude", "gpu_type", "interface", "partition", "qos"),
     *("env", "sbatch_args", "setup", "srun_args"),
     *("arch", "args", "device", "layer", "name", "parts", "puzzle", "wandb"),
-    *("corruptions", "objects_preset", "preset", "segmentation"),
+    *("corruptions", "key_pattern", "objects_preset", "preset", "segmentation"),
 }
 
 
