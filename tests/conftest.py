@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("akorn", deadline=None)
 settings.load_profile("akorn")
+
+
+@pytest.fixture(scope="module")
+def own_seams() -> Iterator[None]:
+    """For modules that put the stand-ins of standin_run.py in place: what was there comes back after the module."""
+    import pretrain.session
+    import pretrain.tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pretrain.session, pretrain.tasks):
+            patch.setattr(module, "make_task", module.make_task)
+        patch.setattr(pretrain.session, "_make_loader", pretrain.session._make_loader)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield

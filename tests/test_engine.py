@@ -76,6 +76,7 @@ def plain(*, separable: bool = False) -> dict[str, Any]:
 def same(ours: dict[str, Any], reference: dict[str, Any]) -> None:
     assert ours["losses"] == pytest.approx(reference["losses"], rel=1e-5, abs=1e-6)
     assert ours["norms"][0] == pytest.approx(reference["norms"][0], rel=1e-5)
+    assert ours["norms"][:20] == pytest.approx(reference["norms"][:20], rel=1e-4)
     assert ours["norms"] == pytest.approx(reference["norms"], rel=1e-3)
     for name, tensor in reference["weights"].items():
         torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-3, atol=2e-5, msg=name)

@@ -21,15 +21,7 @@ from tests.standin_run import Looker, Slow, events, final_weights, rows, run_sta
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
-def _seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pretrain.session
-    import pretrain.tasks
-
-    for module in (pretrain.session, pretrain.tasks):
-        monkeypatch.setattr(module, "make_task", module.make_task)
-    monkeypatch.setattr(pretrain.session, "_make_loader", pretrain.session._make_loader)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+pytestmark = pytest.mark.usefixtures("own_seams")
 
 
 class Average:

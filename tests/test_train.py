@@ -22,20 +22,16 @@ from tests.standin_run import events, final_weights, replace_seams, rows, run_st
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _standins(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pretrain.session
-    import pretrain.tasks
+pytestmark = pytest.mark.usefixtures("own_seams")
 
-    for module in (pretrain.session, pretrain.tasks):
-        monkeypatch.setattr(module, "make_task", module.make_task)
-    monkeypatch.setattr(pretrain.session, "_make_loader", pretrain.session._make_loader)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+@pytest.fixture(autouse=True)
+def _standins() -> None:
     replace_seams()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(own_seams: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed")
     assert run_standin(run_dir) == "finished"
     return run_dir
