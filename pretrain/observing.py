@@ -139,8 +139,8 @@ class Observing:
         self._process = process
         theirs.close()
         try:
-            ours.send_bytes(pickle.dumps(job))
-            answer = ours.recv()
+            ours.send_bytes(pickle.dumps(job))  # `send` would share the tensors' memory instead of copying it
+            answer = ours.recv()  # from our own child, over a pipe that nobody else holds
         except (EOFError, OSError, pickle.PicklingError) as error:
             answer = f"its process ended early ({type(error).__name__} {error})"
         finally:
