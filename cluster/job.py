@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster import environment, slurm
 from cluster.process import end_with_parent
-from cluster.restarts import PREEMPTED
+from cluster.restarts import PREEMPTED, stand_in
 from cluster.submission import Submission
 from configs import PretrainConfig, UserError, load
 
@@ -86,6 +86,8 @@ class Job:
         _clear_leftovers(here)
         _open_log(submission, here, generation)
         signal.signal(signal.SIGUSR2, _remember_stop)
+        if here.rank == 0 and here.requeue_id is not None:
+            signal.signal(signal.SIGTERM, lambda *_: stand_in(submission, here.life))
         config = load(_config_file(submission))
         port = environment.port_at(config.cluster, here.job_number, generation)
         os.environ.update(

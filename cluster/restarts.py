@@ -1,7 +1,8 @@
 """Whether a job that ended comes back: the one rule for this machine and for SLURM.
 
 Owns: the decision, and its use in the last lines of a SLURM batch script (`cluster/restarts.py SUBMISSION EXIT`), which
-asks for the requeue that neither SLURM nor submitit gives to a job that failed.
+asks for the requeue that neither SLURM nor submitit gives to a job that failed. Of a script that was killed itself,
+rank 0 takes the place.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import time
@@ -29,8 +32,9 @@ Answer = TypeVar("Answer")
 
 # Exit code of a rank that saved its state because it was told to end, and wants to go on later. 75 is the watchdog's.
 PREEMPTED = 85
-# A controller that is away (restart, fail-over) is waited for so long, and asked so often.
-_CONTROLLER_PATIENCE_S, _ASK_AGAIN_S = 3600, 10
+# A controller that is away (restart, fail-over) and a full disk are waited for so long, and tried so often.
+_PATIENCE_S, _TRY_AGAIN_S = 3600, 10
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CAUSE = re.compile(r"srun: error: (\S+: tasks? [\d,-]+: (?!Terminated).*)")
 
 
@@ -86,17 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     submission = Submission(arguments.submission)
     life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    objection = _patiently(lambda: slurm.why_not_requeue(slurm_job_id(), life))
-    verdict = Verdict("over", objection) if objection else _judge(submission, life, arguments)
-    print(f"[end of generation {submission.generation(life)}] {verdict.action}: {verdict.reason}", flush=True)
-    if verdict.action == "restart":
-        _patiently(lambda: slurm.requeue(slurm_job_id()))
-    elif verdict.action == "failed":
-        submission.write_outcome("failed", verdict.reason)
-    elif verdict.reason == "cancelled":
-        submission.write_outcome("cancelled", "by request")
+    objection = patiently(lambda: slurm.why_not_requeue(slurm_job_id(), life))
+    verdict = Verdict("over", objection) if objection else patiently(lambda: _judge(submission, life, arguments))
+    _carry_out(verdict, submission, life)
     outcome = submission.outcome()
     return 0 if outcome is not None and outcome.status == "finished" else arguments.code or 1
+
+
+def stand_in(submission: Submission, life: int) -> None:
+    """In rank 0, when SLURM tells the ranks to end: requeue the job if that is because its batch script was killed."""
+    try:
+        if slurm.lost_its_script(slurm_job_id(), life):
+            cause = f"the batch script of SLURM job {slurm_job_id()} was killed"
+            _carry_out(_decide(submission, life, cause), submission, life)
+    except UserError as error:
+        say(f"no requeue in place of the batch script: {error}")
+
+
+def _carry_out(verdict: Verdict, submission: Submission, life: int) -> None:
+    say(f"[end of generation {submission.generation(life)}] {verdict.action}: {verdict.reason}")
+    if verdict.action == "restart":
+        patiently(lambda: slurm.requeue(slurm_job_id()))
+    elif verdict.action == "failed":
+        patiently(lambda: submission.write_outcome("failed", verdict.reason))
+    elif verdict.reason == "cancelled":
+        patiently(lambda: submission.write_outcome("cancelled", "by request"))
 
 
 def slurm_job_id() -> str:
@@ -118,32 +136,42 @@ def _cause(submission: Submission, job_id: str, code: int) -> str:
 
 def _judge(submission: Submission, life: int, arguments: argparse.Namespace) -> Verdict:
     """The verdict on a life that is still this script's business."""
-    record = submission.record()
     cause = _cause(submission, slurm_job_id(), arguments.code)
-    return decide(
-        submission,
-        submission.generation(life),
-        "time limit, before all ranks had saved" if arguments.terminated else cause,
-        preempted=arguments.code == PREEMPTED,
-        max_restarts=record.max_restarts if record else 0,
-    )
+    exits = "time limit, before all ranks had saved" if arguments.terminated else cause
+    return _decide(submission, life, exits, preempted=arguments.code == PREEMPTED)
 
 
-def _patiently(ask: Callable[[], Answer]) -> Answer:
-    """SLURM's answer, asked for again while its controller is away (a restart, a fail-over).
+def _decide(submission: Submission, life: int, exits: str, *, preempted: bool = False) -> Verdict:
+    record = submission.record()
+    max_restarts = record.max_restarts if record else 0
+    return decide(submission, submission.generation(life), exits, preempted=preempted, max_restarts=max_restarts)
+
+
+def patiently(attempt: Callable[[], Answer], *, stopped: Callable[[], bool] = lambda: False) -> Answer:
+    """What an attempt returns, made again while SLURM's controller is away (a restart, a fail-over) or a disk is full.
+
+    Args:
+        stopped: whether to give up early.
 
     Raises:
-        UserError: it stays away for longer than an hour.
+        UserError, OSError: the last attempt's, after an hour.
     """
-    end = time.monotonic() + _CONTROLLER_PATIENCE_S
+    end = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            return ask()
-        except UserError as error:
-            if time.monotonic() > end:
+            return attempt()
+        except (UserError, OSError) as error:
+            passes = isinstance(error, UserError) or error.errno in _FULL
+            if not passes or time.monotonic() > end or stopped():
                 raise
-            print(f"{error}; asking again in {_ASK_AGAIN_S} s", flush=True)
-            time.sleep(_ASK_AGAIN_S)
+            say(f"{error}; trying again in {_TRY_AGAIN_S} s")
+            time.sleep(_TRY_AGAIN_S)
+
+
+def say(text: str) -> None:
+    """Print a line, if the disk has room for it."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

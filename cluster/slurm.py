@@ -22,6 +22,8 @@ QUEUED = (
     *("PREEMPTED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "NODE_FAIL"),
 )
 _PATIENCE_S = 30
+# Why a job is over whose batch script was killed: what SLURM 22.05 says, what later ones say, the kernel's killer.
+_SCRIPT_KILLED = ("JobLaunchFailure", "RaisedSignal", "OutOfMemory")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,12 @@ def why_not_requeue(job_id: str, life: int) -> str | None:
     if facts.state == "RUNNING" or facts.reason == "TimeLimit":
         return None
     return f"SLURM ended the job ({facts.state}, {facts.reason}) and decides whether it comes back"
+
+
+def lost_its_script(job_id: str, life: int) -> bool:
+    """Whether the life-th start of a job ends because its batch script was killed (kill -9, out of memory)."""
+    facts = facts_of(job_id)
+    return facts.restarts <= life and facts.reason.startswith(_SCRIPT_KILLED)
 
 
 def requeue(job_id: str) -> None:

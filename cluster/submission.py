@@ -56,9 +56,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one object to a JSON-lines file, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one object to a JSON-lines file, in one write, behind a fragment that a full disk may have left."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 @dataclass(frozen=True)

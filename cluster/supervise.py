@@ -19,13 +19,15 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 from submitit.core.utils import JobPaths
 from submitit.local.local import Controller
 
 from cluster.process import kill_group
-from cluster.restarts import PREEMPTED, Verdict, decide, stuck
+from cluster.restarts import PREEMPTED, Verdict, decide, patiently, say, stuck
 from cluster.state import WAITING, state_of
 from cluster.submission import Record, Submission
 from configs.errors import run
@@ -118,17 +120,20 @@ class Supervisor(Controller):
             if self.stop_requests:
                 self._declare_stopped()
                 return
-            verdict = decide(
-                self.submission,
-                self.submission.generation(life),
-                describe(codes),
-                preempted=PREEMPTED in codes and all(code in (0, PREEMPTED) for code in codes),
-                max_restarts=self.record.max_restarts,
-            )
-            print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {verdict.action}: {verdict.reason}", flush=True)
+            verdict = patiently(partial(self._judge, life, codes), stopped=lambda: self.stop_requests > 0)
+            say(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {verdict.action}: {verdict.reason}")
             if self._is_over(verdict):
                 return
             self._pause()
+
+    def _judge(self, life: int, codes: Sequence[int | None]) -> Verdict:
+        return decide(
+            self.submission,
+            self.submission.generation(life),
+            describe(codes),
+            preempted=PREEMPTED in codes and all(code in (0, PREEMPTED) for code in codes),
+            max_restarts=self.record.max_restarts,
+        )
 
     def _is_over(self, verdict: Verdict) -> bool:
         if verdict.action == "failed":
@@ -163,7 +168,7 @@ class Supervisor(Controller):
         return not self.stop_requests
 
 
-def describe(codes: list[int | None]) -> str:
+def describe(codes: Sequence[int | None]) -> str:
     """Exit codes of the ranks in words; of several broken ranks, the one that was killed is named first."""
     broken = [(code, rank) for rank, code in enumerate(codes) if code is not None and code not in (0, PREEMPTED)]
     words = [

@@ -47,6 +47,9 @@ class Stop:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        before = self._before.get(signal.Signals(number))
+        if callable(before):  # the launcher's, which may have to act at once
+            before(number, frame)
 
     def agreed(self) -> bool:
         """True on all ranks alike once any rank was asked to stop before the last call (collective, once a step)."""

@@ -41,6 +41,19 @@ def test_request_from_before_the_handler_counts(monkeypatch: pytest.MonkeyPatch)
     assert Stop(alone).agreed()
 
 
+def test_the_handler_that_was_there_hears_of_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with Stop(alone) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.agreed()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
 def messages() -> list[object]:
     """What the ranks tell one another."""
     ranks = distributed.join(60)

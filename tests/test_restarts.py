@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from cluster import restarts, slurm
 from cluster.restarts import decide, stuck
-from cluster.submission import Record, Submission, new_submission
+from cluster.submission import Record, Submission, append_line, new_submission, read_lines
 from configs import UserError
 
 
@@ -115,14 +117,66 @@ def test_a_controller_that_is_away_is_waited_for(submission: Submission, monkeyp
     requeued: list[str] = []
     monkeypatch.setattr(slurm, "facts_of", answer)
     monkeypatch.setattr(slurm, "requeue", requeued.append)
-    monkeypatch.setattr(restarts, "_ASK_AGAIN_S", 0)
+    monkeypatch.setattr(restarts, "_TRY_AGAIN_S", 0)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     restarts.main([str(submission.folder), "137"])
     assert (len(asked), requeued) == (3, ["77"])
-    monkeypatch.setattr(restarts, "_CONTROLLER_PATIENCE_S", -1)
+    monkeypatch.setattr(restarts, "_PATIENCE_S", -1)
     asked.clear()
     with pytest.raises(UserError, match="Unable to contact"):
         restarts.main([str(submission.folder), "137"])
+
+
+@pytest.mark.parametrize(
+    ("known", "requeued"),
+    [
+        (("COMPLETING", "JobLaunchFailure", 0), True),  # kill -9 of the batch script, as SLURM 22.05 words it
+        (("COMPLETING", "RaisedSignal:9(Killed)", 0), True),
+        (("COMPLETING", "JobLaunchFailure", 1), False),  # requeued already
+        (("COMPLETING", "None", 0), False),  # scancel
+        (("COMPLETING", "TimeLimit", 0), False),  # the script is alive and asks itself
+        (("RUNNING", "None", 0), False),
+    ],
+)
+def test_rank_0_takes_the_place_of_a_killed_batch_script(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, known: tuple[str, str, int], requeued: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "facts_of", lambda job_id: slurm.JobFacts(*known))
+    monkeypatch.setattr(slurm, "requeue", asked.append)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    restarts.stand_in(submission, 0)
+    assert asked == (["77"] if requeued else [])
+    assert len(submission.failures()) == len(asked)
+
+
+def test_room_on_a_full_disk_is_waited_for(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    tries = iter((errno.ENOSPC, errno.EDQUOT, None))
+    write = Submission.add_failure
+
+    def add_failure(self: Submission, generation: int, exits: str) -> None:
+        if (code := next(tries)) is not None:
+            raise OSError(code, os.strerror(code))
+        write(self, generation, exits)
+
+    monkeypatch.setattr(Submission, "add_failure", add_failure)
+    monkeypatch.setattr(slurm, "facts_of", lambda job_id: slurm.JobFacts("RUNNING", "None", 0))
+    monkeypatch.setattr(slurm, "requeue", asked.append)
+    monkeypatch.setattr(restarts, "_TRY_AGAIN_S", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    restarts.main([str(submission.folder), "137"])
+    assert (asked, len(submission.failures())) == (["77"], 1)
+
+
+def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b"')
+    append_line(path, {"a": 3})
+    append_line(path, {"a": 4})
+    assert read_lines(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
 
 
 def test_a_task_of_an_array_requeues_only_itself(submission: Submission, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ STRIKES: dict[str, Callable[[Life], object]] = {
     "requeue": lambda life: nodes.command("scontrol", "requeue", life.job),
     "kill first": lambda life: nodes.kill_rank(life.job, 0, life.number),
     "kill last": lambda life: nodes.kill_rank(life.job, 3, life.number),
+    "kill script": lambda life: nodes.kill_script(life.job),
     "crash first": lambda life: nodes.fault("crash", nodes.nodes_of(life.job)[0]),
     "crash second": lambda life: nodes.fault("crash", nodes.nodes_of(life.job)[1]),
     "kill slurmd of first": lambda life: nodes.fault("kill-slurmd", nodes.nodes_of(life.job)[0]),

@@ -110,6 +110,15 @@ def ranks(job_id: str, life: int | None = None) -> Iterator[tuple[int, int]]:
     Args:
         life: only those of the life-th start of the job, from 0.
     """
+    for pid, arguments, variables in _processes(job_id):
+        started = int(variables.get(b"SLURM_RESTART_COUNT", b"0"))
+        is_rank = b"submitit.core._submit" in arguments and b"python" in arguments[0] and b"SLURM_PROCID" in variables
+        if is_rank and life in (None, started):
+            yield pid, int(variables[b"SLURM_PROCID"])
+
+
+def _processes(job_id: str) -> Iterator[tuple[int, list[bytes], dict[bytes, bytes]]]:
+    """Process id, arguments and environment of every process of a job."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
@@ -118,15 +127,19 @@ def ranks(job_id: str, life: int | None = None) -> Iterator[tuple[int, int]]:
             )
         except OSError:
             continue
-        mine = variables.get(b"SLURM_JOB_ID") == job_id.encode() and b"SLURM_PROCID" in variables
-        started = int(variables.get(b"SLURM_RESTART_COUNT", b"0"))
-        if mine and life in (None, started) and b"submitit.core._submit" in arguments and b"python" in arguments[0]:
-            yield int(folder.name), int(variables[b"SLURM_PROCID"])
+        if variables.get(b"SLURM_JOB_ID") == job_id.encode():
+            yield int(folder.name), arguments, variables
 
 
 def kill_rank(job_id: str, rank: int, life: int | None = None) -> None:
     """kill -9 of one rank."""
     (pid,) = (pid for pid, number in ranks(job_id, life) if number == rank)
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_script(job_id: str) -> None:
+    """kill -9 of a job's batch script."""
+    (pid,) = (pid for pid, arguments, _ in _processes(job_id) if b"/slurm_script" in b"".join(arguments))
     os.kill(pid, signal.SIGKILL)
 
 

@@ -35,11 +35,11 @@ def test_signal(desk: Desk, undisturbed: Path) -> None:
 
 
 def test_time_limit(desk: Desk, undisturbed: Path) -> None:
-    """The limit comes near while it trains: it saves in time."""
+    """The limit comes near while it trains: it saves in time. SLURM looks at limits and signals every 30 s only."""
     job = begin(desk, "limit", "cluster.signal_s=60")
     ranks = nodes.send([pid for pid, _ in nodes.ranks(job)], signal.SIGSTOP)  # or they might be done before the limit
-    nodes.command("scontrol", "update", f"JobId={job}", f"TimeLimit={nodes.minutes_run(job) + 1}")
-    nodes.wait_for("the signal", lambda: all(nodes.is_pending(pid, signal.SIGUSR2) for pid in ranks), 120)
+    nodes.command("scontrol", "update", f"JobId={job}", f"TimeLimit={nodes.minutes_run(job) + 2}")
+    nodes.wait_for("the signal", lambda: all(nodes.is_pending(pid, signal.SIGUSR2) for pid in ranks), 180)
     nodes.send(ranks, signal.SIGCONT)
     nodes.wait_for("the second life", lambda: len(desk.training("limit").lives()) == 2, PATIENCE_S)
     nodes.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # a slow machine must not need many lives
@@ -76,6 +76,13 @@ def test_killed_rank(desk: Desk, undisturbed: Path, rank: int) -> None:
     check(desk, name, undisturbed)
     (failure,) = desk.training(name).failures()
     assert failure["exits"]
+
+
+def test_killed_batch_script(desk: Desk, undisturbed: Path) -> None:
+    nodes.kill_script(begin(desk, "headed"))
+    check(desk, "headed", undisturbed)
+    (failure,) = desk.training("headed").failures()
+    assert "batch script" in failure["exits"]
 
 
 @pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
@@ -117,7 +124,7 @@ def test_controller_away_while_a_rank_is_killed(desk: Desk, undisturbed: Path) -
     said = desk.launch("status", "headless", check=False)
     assert (said.returncode, "slurm controller" in said.stderr) == (2, True)
     log = desk.training("headless").submitit_folder / f"{job}_0_log.out"
-    nodes.wait_for("the batch script's question", lambda: "asking again" in log.read_text(), PATIENCE_S)
+    nodes.wait_for("the batch script's question", lambda: "trying again" in log.read_text(), PATIENCE_S)
     nodes.controller("start")
     check(desk, "headless", undisturbed)
 

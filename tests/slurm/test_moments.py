@@ -28,6 +28,7 @@ CASES = {
     ],
     "requeued": [(0, "importing", "requeue"), (1, "saving", "requeue"), (2, "exporting", "requeue")],
     "killed": [(0, "training", "kill last"), (1, "training", "kill first"), (2, "training", "signal to all")],
+    "scripts": [(0, "importing", "kill script"), (1, "saving", "kill script")],
     "crashed": [(0, "training", "crash first"), (1, "training", "heal"), (1, "training", "crash second")],
     "networks": [
         (0, "training", "unplug second"),
