@@ -75,8 +75,11 @@ def _status(argv: Sequence[str]) -> int:
     home = status.find_home(arguments.run, arguments.runs_dir)
     if arguments.follow:
         return launching.watch(home)
-    status.print_table(("job", "state", "where", "restarts", "progress"), status.run_rows(home))
+    rows = status.run_rows(home)
+    status.print_table(("job", "state", "where", "restarts", "progress"), rows)
     print(f"last event: {status.last_event(home)}\nfolder: {shown(home)}")
+    if status.broke(rows):
+        print(f"go on from where it broke: python cluster/launch.py resume {launching.resume_name(home)}")
     return 0
 
 

@@ -203,7 +203,7 @@ def _interrupted(home: Path, links: Sequence[Submission]) -> int:
 
 def resume_name(home: Path) -> str:
     """What `resume` needs to find the run from here."""
-    return home.name if home.parent == Path("runs").absolute() else shown(home)
+    return home.name if home.parent.absolute() == Path("runs").absolute() else shown(home)
 
 
 def planned_steps(home: Path) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.locate import shown
 from cluster.progress import Progress, duration, event_text
-from cluster.state import State, states
+from cluster.state import WAITING, State, states
 from cluster.submission import Submission, latest
 from cluster.tail import last_row, last_rows
 from configs import UserError
@@ -73,6 +73,12 @@ def run_rows(home: Path) -> list[Row]:
     links = latest(home)
     now = states(links.values())
     return [_link_row(submission, now[submission]) for submission in links.values()]
+
+
+def broke(rows: Sequence[Row]) -> bool:
+    """Whether nothing more will come of a run by itself, although not all of it finished."""
+    found = {row.cells[1] for row in rows}
+    return found.isdisjoint(WAITING) and found != {"finished"}
 
 
 def _link_row(submission: Submission, state: State) -> Row:

@@ -171,10 +171,15 @@ def test_the_chain_runs_in_order_and_ends_with_the_report(place: Path) -> None:
     assert times == sorted(times)
 
 
-def test_a_broken_link_is_started_again_where_it_broke(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_link_is_started_again_where_it_broke(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(chain, "_EVALUATION_RESTARTS", 0)
     monkeypatch.setenv("STANDIN_BREAK", "object_discovery")
     assert launch.main(["run.yaml", CHAIN]) == 1
+    assert launch.main(["status", "r"]) == 0
+    remedy = "go on from where it broke: python cluster/launch.py resume r\n"
+    assert remedy in capsys.readouterr().out.split("folder: ")[1]
     home = place / "runs" / "r"
     before = latest(home)
     states = {name: state_of(submission).name for name, submission in before.items()}
