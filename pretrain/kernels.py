@@ -2,7 +2,8 @@
 
     plain     PyTorch's own operations (kuramoto.py), on every device
     compiled  the same, fused by torch.compile step by step
-    native    klayer.cpp: all steps in one call, on CPUs with AVX-512 (bf16: AMX); the readouts go with their layers
+    native    klayer.cpp, on CPUs with AVX-512 (bf16: AMX): all steps of an AKOrN in one call; of ItrSA and of what
+              the kernel knows no update for the attention of a step. The readouts go with their layers
 
 All compute the same up to float rounding. Only rank 0 measures; the others do as it says, so that no two ranks differ.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import nn
 from configs.errors import UserError
 from configs.schema import Compute
 from pretrain.distributed import Ranks, broadcast_json
-from pretrain.models.connectivity import AttentionCoupling, Grid
-from pretrain.models.kernels import build, native
+from pretrain.models.connectivity import AttentionCoupling, Coupling, Grid
+from pretrain.models.kernels import build
 from pretrain.models.kuramoto import KERNELS, KuramotoLayer, Readout
 from pretrain.native import find_compiler
 
+Layer = KuramotoLayer | AttentionCoupling
 # {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
 Row = dict[str, Any]
 RECORD = "kernels.json"
@@ -69,7 +71,7 @@ def read(record: Path) -> list[Row]:
 def fastest(backbone: nn.Module) -> None:
     """For inference: the native kernel where it runs, without measuring. Layers it does not take stay plain."""
     for module in backbone.modules():
-        if isinstance(module, KuramotoLayer | Readout):
+        if isinstance(module, KuramotoLayer | Readout | Coupling):
             module.kernel = "native"
 
 
@@ -103,37 +105,44 @@ def apply(backbone: nn.Module, rows: Sequence[Row]) -> None:
     chosen = {row["layer"]: row["kernel"] for row in rows}
     grid: Grid = getattr(backbone, "grid", (8, 8))
     for module in backbone.modules():
-        if isinstance(module, KuramotoLayer):
-            module.kernel = chosen[shape_of(module, grid)]
-        elif isinstance(module, Readout):
+        if isinstance(module, Readout):
             module.kernel = "native" if "native" in chosen.values() else "plain"
+    for layer in layers_of(backbone):
+        layer.kernel = _coupling(layer).kernel = chosen[shape_of(layer, grid)]
 
 
-def layers_of(backbone: nn.Module) -> Iterator[KuramotoLayer]:
-    return (module for module in backbone.modules() if isinstance(module, KuramotoLayer))
+def layers_of(backbone: nn.Module) -> list[Layer]:
+    """K-layers, and attention outside of them (ItrSA's)."""
+    layers = [module for module in backbone.modules() if isinstance(module, KuramotoLayer)]
+    inside = {layer.coupling for layer in layers}
+    return [*layers, *(m for m in backbone.modules() if isinstance(m, AttentionCoupling) and m not in inside)]
 
 
-def shape_of(layer: KuramotoLayer, grid: Grid) -> str:
+def shape_of(layer: Layer, grid: Grid) -> str:
     """What layers of equal speed share."""
-    coupling = layer.coupling
+    coupling = _coupling(layer)
+    oscillators = f" n {layer.n}" if isinstance(layer, KuramotoLayer) else ""
     heads = f" heads {coupling.num_heads}" if isinstance(coupling, AttentionCoupling) else ""
-    return f"{type(coupling).__name__} C {layer.dim} n {layer.n}{heads} tokens {grid[0]}x{grid[1]} T {layer.num_steps}"
+    steps = f" T {layer.num_steps}" if isinstance(layer, KuramotoLayer) else ""
+    return f"{type(coupling).__name__} C {layer.dim}{oscillators}{heads} tokens {grid[0]}x{grid[1]}{steps}"
+
+
+def _coupling(layer: Layer) -> Coupling:
+    return layer.coupling if isinstance(layer, KuramotoLayer) else layer
 
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def available(
-    layer: KuramotoLayer, compute: Compute, dtype: torch.dtype, device: torch.device
-) -> tuple[list[str], str]:
+def available(layer: Layer, compute: Compute, dtype: torch.dtype, device: torch.device) -> tuple[list[str], str]:
     """Kernels that can run this layer here, and one line about what cannot though it would be faster ("" for none)."""
     names, note = ["plain"], ""
     if device.type == "cpu":
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            if native.supports(layer, torch.empty(1, 1, layer.dim)):
+            if _coupling(layer).runs_natively(torch.empty(1, 1, layer.dim)):
                 return ["plain", "native"], ""
-        if isinstance(layer.coupling, AttentionCoupling):
+        if isinstance(_coupling(layer), AttentionCoupling):
             note = build.library().reason
     if compute.compile and (device.type == "cuda" or find_compiler() is not None):
         names.append("compiled")
@@ -148,23 +157,24 @@ def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str
     raise UserError(f"compute.kernel={kernel}: {note or f'it does not take {kind}'}; set compute.kernel=auto")
 
 
-def measure(layer: KuramotoLayer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device) -> float:
+def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device) -> float:
     """Milliseconds of forward and backward of a small batch: the best of a few, after a warm-up (device syncs)."""
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH[device.type], grid[0] * grid[1], layer.dim)
     x, c = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2))
     parameters = [x, c, *(p for p in layer.parameters() if p.requires_grad)]
-    before, layer.kernel = layer.kernel, kernel
+    coupling, before = _coupling(layer), layer.kernel
+    layer.kernel = coupling.kernel = kernel
     times = []
     for _ in range(REPEATS + 1):
         _wait(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = layer(x, c, grid)
+            y = layer(x, c, grid) if isinstance(layer, KuramotoLayer) else layer(x, grid, layer.positions(grid))
         torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
         _wait(device)
         times.append((time.perf_counter() - start) * 1000)
-    layer.kernel = before
+    layer.kernel = coupling.kernel = before
     return round(min(times[1:]), 3)
 
 

@@ -20,6 +20,7 @@ from pretrain import kernels
 from pretrain.data.batch import Batch
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
+from pretrain.models.kuramoto import KuramotoLayer
 from pretrain.tasks import make_task
 from pretrain.timing import Clock, Step, flops_per_view
 
@@ -150,7 +151,7 @@ def _timed_inference(model: nn.Module, images: Tensor, rounds: int, precision: s
 
 def _published_arguments(backbone: Any) -> dict[str, Any]:
     """Arguments of the plain AKOrN that computes what this backbone does."""
-    layers = list(kernels.layers_of(backbone))
+    layers = [layer for layer in kernels.layers_of(backbone) if isinstance(layer, KuramotoLayer)]
     if not layers or not hasattr(backbone, "blocks"):
         raise UserError("--against plain knows AKOrN backbones only: set model.name to one")
     layer = layers[0]

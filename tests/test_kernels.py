@@ -16,6 +16,7 @@ import pretrain  # noqa: F401  (registers the models)
 from configs.errors import UserError
 from configs.schema import Compute
 from pretrain import kernels
+from pretrain.models.connectivity import AttentionCoupling
 from pretrain.models.kernels import build
 
 CPU = torch.device("cpu")
@@ -106,6 +107,17 @@ def test_layers_run_on_fake_cuda_tensors(coupling: str, kernel: str, recompute: 
         x, c = (torch.randn(2, 64, 128, requires_grad=True) for _ in range(2))
         y = block.readout(block.kuramoto(x, c, (8, 8), gamma=model.gamma))
         assert (y.device.type, y.requires_grad) == ("cuda", True)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["itrsa_nano_patch4_32", "akorn_nano_patch4_32"])
+def test_attention_outside_of_native_layers_is_native_too(name: str) -> None:
+    ablation = {"norm": "clamp"} if name.startswith("akorn") else {}
+    model = timm.create_model(name, num_classes=0, num_steps=2, **ablation)
+    rows = kernels.choose(model, Compute(kernel="native", precision="fp32"), CPU)
+    assert [row["kernel"] for row in rows] == ["native"]
+    kernels.apply(model, rows)
+    assert [m.kernel for m in model.modules() if isinstance(m, AttentionCoupling)] == ["native"]
 
 
 @needs_native

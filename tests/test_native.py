@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor], *, leave_out: C
     return max(((found[k] - expected[k]).abs().max() / expected[k].abs().max()).item() for k in names)
 
 
+def coupling_results(
+    coupling: AttentionCoupling, grid: Grid, kernel: str, dtype: torch.dtype, *, bf16: bool
+) -> dict[str, Tensor]:
+    """J x and all gradients of a fixed random functional of it, in double precision."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(3, grid[0] * grid[1], coupling.dim, generator=generator).to(dtype) for _ in range(2))
+    x, coupling = x.requires_grad_(), copy.deepcopy(coupling).to(dtype)
+    coupling.kernel = kernel
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = coupling(x, grid, coupling.positions(grid))
+    (y * weight).sum().backward()
+    found = {"y": y, "x": x.grad, **{name: parameter.grad for name, parameter in coupling.named_parameters()}}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
 SCALARS = ("gamma", "omega.vector")  # their gradients are single sums in which large parts of both signs cancel
 CASES = {
     "gta": ({"dim": 64, "num_heads": 4, "n": 4}, (4, 4)),
@@ -91,6 +107,33 @@ def test_bf16_is_no_less_exact_than_autocast(name: str) -> None:
     exact = results(layer, grid, "plain", torch.float32, bf16=False)
     plain, found = (results(layer, grid, kernel, torch.float32, bf16=True) for kernel in ("plain", "native"))
     assert worst(found, exact, leave_out=SCALARS) < 1.5 * worst(plain, exact, leave_out=SCALARS)
+
+
+@needs_native
+@pytest.mark.parametrize("gta", [True, False])
+@pytest.mark.parametrize(("dim", "num_heads", "grid"), [(96, 3, (4, 4)), (128, 8, (9, 9)), (64, 4, (6, 4))])
+def test_coupling_alone_equals_plain(dim: int, num_heads: int, grid: Grid, gta: bool) -> None:
+    coupling = cast("AttentionCoupling", make_layer(dim, num_heads, 2, grid, gta=gta).coupling)
+    expected = coupling_results(coupling, grid, "plain", torch.float64, bf16=False)
+    assert worst(coupling_results(coupling, grid, "native", torch.float32, bf16=False), expected) < 1e-5
+    if build.library().bf16:
+        rounded, plain = (coupling_results(coupling, grid, k, torch.float32, bf16=True) for k in ("native", "plain"))
+        assert worst(rounded, expected) < 1.5 * worst(plain, expected)
+
+
+@needs_native
+def test_ablations_couple_natively() -> None:
+    """What the kernel has no update for: its attention alone, the rest by PyTorch."""
+    torch.manual_seed(0)
+    layer = KuramotoLayer(64, 4, AttentionCoupling(64, 4, (4, 4)), num_steps=3, norm="clamp")
+    for module in (layer.c_norm, layer.coupling):
+        module.init_weights()
+    x, c = torch.randn(2, 3, 16, 64).unbind()
+    plain = layer(x, c, (4, 4))
+    layer.kernel = layer.coupling.kernel = "native"
+    found = layer(x, c, (4, 4))
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
 
 
 def readout_results(readout: Readout, kernel: str, dtype: torch.dtype, *, bf16: bool) -> dict[str, Tensor]:

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.kernels import native
 from pretrain.models.positions import gta_rotations, resample_tokens
 
 Grid = tuple[int, int]
-
-
 Positions = tuple[Tensor, Tensor] | None
 
 
@@ -33,6 +32,8 @@ def apply_pairs(matrices: Tensor, u: Tensor) -> Tensor:
 class Coupling(nn.Module):
     """A connectivity. Base of all: J = 0, the control in which every oscillator follows its own stimulus."""
 
+    kernel = "plain"  # or "native", where that runs
+
     def init_weights(self) -> None:
         """No parameters."""
 
@@ -42,6 +43,10 @@ class Coupling(nn.Module):
 
     def set_grid(self, grid: Grid) -> None:
         """Store what is kept by position for another grid from now on."""
+
+    def runs_natively(self, x: Tensor, n: int = 1) -> bool:
+        """Whether the native kernel takes this coupling, of oscillators of n components, on an input like x."""
+        return False
 
     def forward(self, x: Tensor, grid: Grid, positions: Positions) -> Tensor:
         """x [B, N, C] -> sum_j J_ij x_j [B, N, C]."""
@@ -106,8 +111,13 @@ class AttentionCoupling(Coupling):
                 setattr(self, name, nn.Parameter(table.contiguous(), requires_grad=getattr(self, name).requires_grad))
         self.grid = grid
 
+    def runs_natively(self, x: Tensor, n: int = 1) -> bool:
+        return native.attends(self, x, n)
+
     def forward(self, x: Tensor, grid: Grid, positions: Positions) -> Tensor:
         """x [B, N, C] -> sum_j J_ij x_j [B, N, C]."""
+        if self.kernel == "native" and self.runs_natively(x):
+            return native.couple(self, x, positions)
         B, N, C = x.shape
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).view(B, N, 3, self.num_heads, self.head_dim)
         if positions is not None:

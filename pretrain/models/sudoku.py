@@ -94,7 +94,7 @@ class SudokuNet(Starts):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is unknown: one of {', '.join(KINDS)}")
-        self.kind, self.embed_dim = kind, embed_dim
+        self.kind, self.embed_dim, self.grid = kind, embed_dim, GRID
         self.embedding = nn.Embedding(10, embed_dim)
         self.gamma = nn.Parameter(torch.empty(1)) if learn_gamma and kind == "akorn" else None
         self.gamma_init = gamma

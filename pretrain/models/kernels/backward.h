@@ -134,7 +134,7 @@ template <class E> void heads_back(const Layer& l, int h, Scratch<E>& z, BackScr
   }
 }
 
-// Adjoint of forward_image: grad [N, C] of next becomes that of x; d_c accumulates.
+// Adjoint of forward_image: grad [N, C] of next becomes that of x; d_c (if wanted) accumulates.
 template <class E>
 void backward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, BackScratch<E>& y, const float* x, float* grad,
                     float* d_c, double& d_gamma) {
@@ -146,9 +146,15 @@ void backward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, BackScra
       memset(grad + at, 0, C * sizeof(float));
       continue;
     }
-    vec turn = splat(0.f);  // a token's part of d gamma: parts of all tokens cancel, hence the double
-    update_row_back(l, x + at, z.drive + at, grad + at, y.ds + at, turn, y.frequency);
-    d_gamma += _mm512_reduce_add_ps(turn);
+    if (l.update) {
+      vec turn = splat(0.f);  // a token's part of d gamma: parts of all tokens cancel, hence the double
+      update_row_back(l, x + at, z.drive + at, grad + at, y.ds + at, turn, y.frequency);
+      d_gamma += _mm512_reduce_add_ps(turn);
+    } else {
+      memcpy(y.ds + at, grad + at, C * sizeof(float));
+      memset(grad + at, 0, C * sizeof(float));
+    }
+    if (!d_c) continue;
     for (int e = 0; e < C; e += 16) store(d_c + at + e, add(load(d_c + at + e), load(y.ds + at + e)));
   }
   product(N, C, C, operand(y.ds, (long)N * C, y.dsa), C, w.out_back.data(), y.d_oa, C);

@@ -105,7 +105,10 @@ template <class E> void softmax(const Layer& l, float* s, E* p, float* inverse, 
   }
 }
 
-// One step of one image: x -> next; leaves qkv, mixed, drive and lse where the scratch points.
+// The part of image b of something [B, N, C], which may be missing.
+template <class T> T* of_image(const Layer& l, T* all, long b) { return all ? all + b * l.N * l.C : nullptr; }
+
+// One step of one image under c (or none): x -> next; leaves qkv, mixed, drive and lse where the scratch points.
 template <class E>
 void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const float* x, const float* c, float* next) {
   const int N = l.N, C = l.C, H = l.H, D = C / H, row = head_row<E>(D);
@@ -142,11 +145,15 @@ void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const flo
         continue;
       }
       for (int e = 0; e < C; e += 16) {
-        vec s = add(add(load(row + e), load(l.b_out + e)), load(c + at + e));
+        vec s = add(load(row + e), load(l.b_out + e));
+        if (c) s = add(s, load(c + at + e));
         store(row + e, s);
         store(z.drive + at + e, s);
       }
-      update_row(l, x + at, row, next + at);
+      if (l.update)
+        update_row(l, x + at, row, next + at);
+      else
+        memcpy(next + at, row, C * sizeof(float));
     }
   }
 }

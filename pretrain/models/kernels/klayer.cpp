@@ -26,7 +26,7 @@ template <class E> void forward(const Layer& l) {
       for (long t = 0; t < l.steps; t++) {
         point(l, z, t, b);
         float *x = l.states + (l.keep * t * l.B + b) * size, *next = x + l.keep * l.B * size;
-        forward_image(l, w, z, x, l.stimulus + b * size, next);
+        forward_image(l, w, z, x, of_image(l, l.stimulus, b), next);
       }
     if (sizeof(E) == 2) release();
   }
@@ -44,12 +44,12 @@ template <class E> void backward(const Layer& l) {
     if (sizeof(E) == 2) configure();
 #pragma omp for schedule(static)
     for (long b = 0; b < l.B; b++) {
-      memset(l.d_stimulus + b * size, 0, size * 4);
+      if (l.d_stimulus) memset(l.d_stimulus + b * size, 0, size * 4);
       for (long t = l.steps - 1; t >= 0; t--) {
         point(l, z, t, b);
         const float* x = l.states + (t * l.B + b) * size;
-        if (!l.qkv) forward_image(l, w, z, x, l.stimulus + b * size, y.ds);
-        backward_image(l, w, z, y, x, l.grad + b * size, l.d_stimulus + b * size, d_gamma);
+        if (!l.qkv) forward_image(l, w, z, x, of_image(l, l.stimulus, b), y.ds);
+        backward_image(l, w, z, y, x, l.grad + b * size, of_image(l, l.d_stimulus, b), d_gamma);
       }
     }
     if (sizeof(E) == 2) release();

@@ -48,18 +48,18 @@ inline void add_to(float* total, const float* part, long count) {
 
 struct Layer {
   int64_t B, N, valid, C, n, H, steps;
-  int64_t gta, projection, self_drift, keep, threads;
+  int64_t gta, update, projection, self_drift, keep, threads;  // update: of oscillators; 0: x <- c + J x, the coupling alone
   float gamma;
   const float *w_qkv, *b_qkv, *w_out, *b_out;  // [3C, C], [3C], [C, C], [C], as nn.Linear holds them
   const float *own, *other;                    // [4, N, D]: out[e] = own[e] u[e] + other[e] u[e +- D/2]; q, k, v, output
   const float* frequency;                      // [n/2, K] or null
-  const float* stimulus;                       // [B, N, C]
+  const float* stimulus;                       // [B, N, C], or null for none
   float* states;                               // keep: [steps + 1, B, N, C], first given; else [B, N, C], updated in place
   void *qkv, *mixed, *drive;                   // kept E: [steps, B, N, 3C], [steps, B, N, C], [steps, B, N, C]; or null
   float* lse;                                  // kept: [steps, B, H, N], base 2; or null
   // backward
   float* grad;            // [B, N, C]: in d final state, out d first state
-  float *d_stimulus;      // [B, N, C]
+  float *d_stimulus;      // [B, N, C] or null
   float *d_w_qkv, *d_b_qkv, *d_w_out;  // fp32: [3C, C], [3C], [C, C]; bf16: [C, 3C] and [C, C] transposed
   float *d_own, *d_other; // [4, N, D]
   float *d_frequency;     // [n/2, K] or null

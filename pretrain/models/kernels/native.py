@@ -1,4 +1,4 @@
-"""The K-layer with attention coupling in one call per direction (klayer.cpp), for autograd.
+"""The K-layer with attention coupling, or that coupling alone, in one call per direction (klayer.cpp), for autograd.
 
 Legend: B images, N tokens, C channels, n components, K = C/n oscillators, H heads, D = C/H, P = D/2 pairs, T steps.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.kernels.build import library
 
 if TYPE_CHECKING:
+    from pretrain.models.connectivity import AttentionCoupling, Grid, Positions
     from pretrain.models.kuramoto import KuramotoLayer
 
 TOKEN_MULTIPLE = 32  # R of layer.h
@@ -29,7 +29,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("B", "N", "valid", "C", "n", "H", "steps")),
-        *((name, ctypes.c_int64) for name in ("gta", "projection", "self_drift", "keep", "threads")),
+        *((name, ctypes.c_int64) for name in ("gta", "update", "projection", "self_drift", "keep", "threads")),
         ("gamma", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("w_qkv", "b_qkv", "w_out", "b_out", "own", "other", "frequency")),
         *((name, ctypes.c_void_p) for name in ("stimulus", "states", "qkv", "mixed", "drive", "lse")),
@@ -40,15 +40,20 @@ class _Layer(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernel is told beside tensors. recompute: keep the states only, and compute the rest again."""
+    """What the kernel is told beside tensors.
 
-    n: int
-    num_heads: int
-    num_steps: int
-    projection: bool
-    self_drift: bool
-    recompute: bool
+    update: of oscillators; False leaves the coupling alone, x <- c + J x.
+    recompute: keep the states only, and compute the rest again.
+    """
+
     dtype: torch.dtype
+    num_heads: int
+    n: int = 1
+    num_steps: int = 1
+    update: bool = False
+    projection: bool = False
+    self_drift: bool = False
+    recompute: bool = False
 
 
 def takes(dim: int, n: int, num_heads: int, dtype: torch.dtype) -> bool:
@@ -63,15 +68,17 @@ def takes(dim: int, n: int, num_heads: int, dtype: torch.dtype) -> bool:
 
 def supports(layer: KuramotoLayer, x: Tensor) -> bool:
     """Whether the kernel computes this layer on an input like x [B, N, C], under the present autocast."""
-    coupling = layer.coupling
+    return layer.rule.norm == "sphere" and layer.coupling.runs_natively(x, layer.n)
+
+
+def attends(coupling: AttentionCoupling, x: Tensor, n: int) -> bool:
+    """Whether the kernel computes this coupling of oscillators of n components on an input like x [B, N, C]."""
     return (
-        isinstance(coupling, AttentionCoupling)
-        and layer.rule.norm == "sphere"
-        and type(x) is Tensor  # neither fake nor traced
+        type(x) is Tensor  # neither fake nor traced
         and x.device.type == "cpu"
         and x.dtype == coupling.qkv.weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
-        and takes(layer.dim, layer.n, coupling.num_heads, product_dtype(x.device))
+        and takes(coupling.dim, n, coupling.num_heads, product_dtype(x.device))
     )
 
 
@@ -80,19 +87,30 @@ def run(
     frequency: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """All steps of a layer that `supports` accepts, from unit oscillators x under the normalised stimulus c."""
-    coupling = layer.coupling
-    assert isinstance(coupling, AttentionCoupling)
-    positions = coupling.positions(grid)
+    coupling = cast("AttentionCoupling", layer.coupling)
     plan = Plan(
-        n=layer.n, num_heads=coupling.num_heads, num_steps=num_steps, projection=layer.rule.projection,
-        self_drift=layer.rule.self_drift and frequency is None, recompute=layer.grad_checkpointing,
-        dtype=product_dtype(x.device),
+        dtype=product_dtype(x.device), num_heads=coupling.num_heads, n=layer.n, num_steps=num_steps, update=True,
+        projection=layer.rule.projection, self_drift=layer.rule.self_drift and frequency is None,
+        recompute=layer.grad_checkpointing,
     )  # fmt: skip
-    weights = coupling.qkv.weight, coupling.qkv.bias, coupling.out.weight, coupling.out.bias
-    tables = None if positions is None else pair_tables(positions[0].squeeze(4), positions[1].squeeze(3))
     if frequency is not None:
         frequency = frequency.expand(layer.n // 2, layer.dim // layer.n)
-    return run_layer(x, c, weights, tables, frequency, torch.as_tensor(gamma, dtype=torch.float32), plan)
+    tables = _tables(coupling.positions(grid))
+    return run_layer(x, c, _weights(coupling), tables, frequency, torch.as_tensor(gamma, dtype=torch.float32), plan)
+
+
+def couple(coupling: AttentionCoupling, x: Tensor, positions: Positions) -> Tensor:
+    """J x of a coupling that `attends` accepts, float32 [B, N, C]."""
+    plan = Plan(dtype=product_dtype(x.device), num_heads=coupling.num_heads)
+    return run_layer(x, None, _weights(coupling), _tables(positions), None, torch.zeros(()), plan)
+
+
+def _weights(coupling: AttentionCoupling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return coupling.qkv.weight, coupling.qkv.bias, coupling.out.weight, coupling.out.bias
+
+
+def _tables(positions: Positions) -> tuple[Tensor, Tensor] | None:
+    return None if positions is None else pair_tables(positions[0].squeeze(4), positions[1].squeeze(3))
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -108,10 +126,10 @@ def pair_tables(gta_in: Tensor, gta_out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_layer(
-    x: Tensor, c: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor] | None,
+    x: Tensor, c: Tensor | None, weights: tuple[Tensor, Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor] | None,
     frequency: Tensor | None, gamma: Tensor, plan: Plan,
 ) -> Tensor:  # fmt: skip
-    """T steps from unit oscillators x under c, float32 [B, N, C] each.
+    """T steps from unit oscillators x under c (None: no stimulus), float32 [B, N, C] each.
 
     weights: of the projections to q, k, v [3C, C], [3C] and of the output [C, C], [C]; tables: see `pair_tables`;
     frequency [n/2, K] or None.
@@ -119,7 +137,7 @@ def run_layer(
     num_tokens = x.shape[1]
     rest = -num_tokens % TOKEN_MULTIPLE
     if rest:
-        x, c = F.pad(x, (0, 0, 0, rest)), F.pad(c, (0, 0, 0, rest))
+        x, c = F.pad(x, (0, 0, 0, rest)), None if c is None else F.pad(c, (0, 0, 0, rest))
         tables = tables and (F.pad(tables[0], (0, 0, 0, rest)), F.pad(tables[1], (0, 0, 0, rest)))
     own, other = tables if tables is not None else (None, None)
     out = _NativeLayer.apply(x, c, *weights, own, other, frequency, gamma, plan, num_tokens)
@@ -143,7 +161,7 @@ def call(function: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None
 class _NativeLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, c: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_out: Tensor, b_out: Tensor,
+        ctx: Any, x: Tensor, c: Tensor | None, w_qkv: Tensor, b_qkv: Tensor, w_out: Tensor, b_out: Tensor,
         own: Tensor | None, other: Tensor | None, frequency: Tensor | None, gamma: Tensor, plan: Plan, valid: int,
     ) -> Tensor:  # fmt: skip
         B, N, C = x.shape
@@ -155,10 +173,9 @@ class _NativeLayer(torch.autograd.Function):
         kept: list[Tensor | None] = [None] * 4
         if keep and not plan.recompute:
             shape = (plan.num_steps, B, N)
-            kept = [
-                *(x.new_empty((*shape, width), dtype=plan.dtype) for width in (3 * C, C, C)),
-                x.new_empty((plan.num_steps, B, plan.num_heads, N)),
-            ]
+            qkv, mixed = (x.new_empty((*shape, width), dtype=plan.dtype) for width in (3 * C, C))
+            drive = x.new_empty((*shape, C), dtype=plan.dtype) if plan.update else None
+            kept = [qkv, mixed, drive, x.new_empty((plan.num_steps, B, plan.num_heads, N))]
         layer = _describe(states, inputs, kept, gamma, plan, valid, keep=keep)
         call("forward", plan.dtype, layer)
         ctx.plan, ctx.valid = plan, valid
@@ -176,7 +193,7 @@ class _NativeLayer(torch.autograd.Function):
         transposed = ctx.plan.dtype == torch.bfloat16  # see layer.h
         out: dict[str, Tensor | None] = {
             "grad": grads[0].float().clone(memory_format=torch.contiguous_format),
-            "d_stimulus": torch.empty_like(states[0]),
+            "d_stimulus": None if inputs[0] is None else torch.empty_like(states[0]),
             "d_w_qkv": states.new_zeros((C, 3 * C) if transposed else (3 * C, C)),
             "d_b_qkv": states.new_zeros(3 * C),
             "d_w_out": states.new_zeros(C, C),
@@ -187,13 +204,11 @@ class _NativeLayer(torch.autograd.Function):
         }
         point(layer, out)
         call("backward", ctx.plan.dtype, layer)
-        d_c, d_gamma = out["d_stimulus"], out["d_gamma"]
-        assert d_c is not None
-        assert d_gamma is not None
-        d_b_out = d_c.sum((0, 1))  # the bias of the output projection enters every step as c does
-        d_w_qkv, d_w_out = out["d_w_qkv"], out["d_w_out"]
-        assert d_w_qkv is not None
-        assert d_w_out is not None
+        d_c, d_gamma, d_w_qkv, d_w_out = (
+            cast("Tensor", out[f"d_{name}"]) for name in ("stimulus", "gamma", "w_qkv", "w_out")
+        )
+        # The bias of the output projection enters every step as c does.
+        d_b_out = (grads[0].float() if d_c is None else d_c).sum((0, 1))
         if transposed:
             d_w_qkv, d_w_out = d_w_qkv.T, d_w_out.T
         weights = (d_w_qkv, out["d_b_qkv"], d_w_out, d_b_out)
@@ -209,8 +224,8 @@ def _describe(
     _, B, N, C = states.shape
     layer = _Layer(
         B=B, N=N, valid=valid, C=C, n=plan.n, H=plan.num_heads, steps=plan.num_steps, gta=inputs[5] is not None,
-        projection=plan.projection, self_drift=plan.self_drift, keep=keep, threads=torch.get_num_threads(),
-        gamma=float(gamma),
+        update=plan.update, projection=plan.projection, self_drift=plan.self_drift, keep=keep,
+        threads=torch.get_num_threads(), gamma=float(gamma),
     )  # fmt: skip
     names = ("stimulus", "w_qkv", "b_qkv", "w_out", "b_out", "own", "other", "frequency")
     point(layer, {"states": states, **dict(zip(names, inputs)), **dict(zip(("qkv", "mixed", "drive", "lse"), kept))})
