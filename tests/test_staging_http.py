@@ -1,8 +1,10 @@
-"""Shards behind a web server, through gopen's curl: whole, cut short, stalled, refused at first, missing."""
+"""Shards behind a web server (http, https) and in object stores, through gopen: whole, cut short, stalled, refused, missing."""
 
 from __future__ import annotations
 
 import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -117,3 +119,41 @@ def test_a_missing_shard_is_named_when_the_set_is_opened(server: Server, tmp_pat
     (tmp_path / "far" / "index.safetensors").unlink(missing_ok=True)
     with pytest.raises(UserError, match=rf"cannot read {server.url}/001\.tar: .*exit status 22; check the address"):
         ShardIndex.open(f"{server.url}/{{000..002}}.tar", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the server's certificate")
+def test_https_checks_the_certificate(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, "-keyout", key, "-out", certificate]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = server.url.replace("http:", "https:")
+    with pytest.raises(UserError, match="exit status 60"):  # curl's for a certificate that nobody it trusts has signed
+        ShardIndex.open(f"{server.url}/{{000..002}}.tar", cache_dir=tmp_path / "cache")
+    monkeypatch.setenv("CURL_CA_BUNDLE", str(certificate))
+    assert reader(server, tmp_path / "cache").read(7) == parts_of(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "program", "arguments"), [("s3", "aws", "s3 cp --quiet {url} -"), ("gs", "gsutil", "cat {url}")]
+)
+def test_object_stores_are_read_by_their_own_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, program: str, arguments: str
+) -> None:
+    """Stand-ins for the programs: they write down what they are asked for, and print the file."""
+    write(tmp_path / "far")
+    stand_in = tmp_path / "bin" / program
+    stand_in.parent.mkdir()
+    url = next(word for word in arguments.split() if "url" in word)
+    place = arguments.split().index(url) + 1
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nexec cat {tmp_path}/far/"${{{place}##*/}}"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stand_in.parent), prepend=":")
+    index = ShardIndex.open(f"{scheme}://bucket/a b/{{000..002}}.tar", cache_dir=tmp_path / "cache")
+    (tmp_path / "asked").unlink()
+    assert ShardReader(index, Staging(tmp_path / "cache" / "shards", retries=0)).read(7) == parts_of(1, 2)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert arguments.format(url=f"{scheme}://bucket/a b/001.tar") in asked
