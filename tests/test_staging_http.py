@@ -1,4 +1,4 @@
-"""Shards behind a web server (http, https) and in object stores, through gopen: whole, cut short, stalled, refused, missing."""
+"""Shards behind a web server and in object stores, through gopen: whole, cut short, stalled, refused, missing."""
 
 from __future__ import annotations
 
