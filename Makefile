@@ -32,10 +32,10 @@ test-all: install  ## the slow tests as well
 	@$(BIN)/python -m pytest -m 'not slurm'
 
 test-slurm: install  ## everything on a real SLURM of several nodes (Debian, root)
-	@$(BIN)/python -m pytest -m slurm tests/slurm
+	@$(BIN)/python -m pytest -rs -m slurm tests/slurm
 
 test-slurm-short: install  ## the short form of it; skipped with a reason where it cannot run
-	@$(BIN)/python -m pytest -m slurm -k short tests/slurm
+	@SLURM_TEST_DBD=0 $(BIN)/python -m pytest -rs -m slurm -k short tests/slurm
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

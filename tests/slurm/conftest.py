@@ -41,18 +41,19 @@ class Desk:
     """A folder from which jobs are launched, as a user does it."""
 
     folder: Path
+    patience_s: float = PATIENCE_S
 
     def launch(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `python cluster/launch.py ...` here."""
         command = [sys.executable, str(REPOSITORY / "cluster" / "launch.py"), *arguments]
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=3 * self.patience_s)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
     def make_shards(self, *arguments: str) -> None:
         """Run `python pretrain/make_shards.py ...` here."""
         command = [sys.executable, str(REPOSITORY / "pretrain" / "make_shards.py"), *arguments]
-        subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True, timeout=self.patience_s)
 
     def home(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -71,12 +72,12 @@ class Desk:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def await_step(self, name: str, step: int, seconds: float = PATIENCE_S) -> None:
-        nodes.wait_for(f"step {step} of {name}", lambda: len(self.rows(name)) >= step, seconds)
+    def await_step(self, name: str, step: int) -> None:
+        nodes.wait_for(f"step {step} of {name}", lambda: len(self.rows(name)) >= step, self.patience_s)
 
     def await_end(self, name: str, link: str = "pretrain") -> Outcome:
         submission = latest(self.home(name))[link]
-        nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, 3 * PATIENCE_S)
+        nodes.wait_for(f"the end of {name}", lambda: submission.outcome() is not None, 3 * self.patience_s)
         outcome = submission.outcome()
         assert outcome is not None
         return outcome
@@ -84,18 +85,20 @@ class Desk:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
-    """A running cluster; stopped at the end unless it ran before."""
+    """A cluster of this test run alone, started afresh and stopped at the end."""
     reason = nodes.why_not()
     if reason is not None:
         pytest.skip(reason)
-    was_up = nodes.is_up()
-    trouble = nodes.start()
+    with nodes.reserved() as is_free:
+        if not is_free:
+            pytest.skip(f"another test run has the SLURM of this machine ({nodes.LOCK})")
+        trouble = nodes.start()
+        if trouble is None:
+            os.environ.update(nodes.environment())
+            yield
+        nodes.stop()
     if trouble is not None:
         pytest.skip(trouble)
-    os.environ.update(nodes.environment())
-    yield
-    if not was_up:
-        nodes.stop()
 
 
 @pytest.fixture(scope="session")

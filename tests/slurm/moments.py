@@ -73,8 +73,6 @@ STRIKES: dict[str, Callable[[Life], object]] = {
     "kill script": lambda life: nodes.kill_script(life.job),
     "crash first": lambda life: nodes.fault("crash", nodes.nodes_of(life.job)[0]),
     "crash second": lambda life: nodes.fault("crash", nodes.nodes_of(life.job)[1]),
-    "kill slurmd of first": lambda life: nodes.fault("kill-slurmd", nodes.nodes_of(life.job)[0]),
-    "unplug second": lambda life: nodes.fault("unplug", nodes.nodes_of(life.job)[1]),
     "heal": lambda life: nodes.start_all(),
 }
 # Moments that last some milliseconds are looked for that often.

@@ -6,6 +6,7 @@ Owns: where it lies, starting and stopping it, and finding the processes of a jo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,8 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from cluster.tail import last_lines
+
 SCRIPTS = Path(__file__).parent
 ROOT = Path(os.environ.get("SLURM_TEST_ROOT", "/tmp/akorn-slurm"))
+# Held by the one test run that has the cluster; its ports and interfaces are the machine's, wherever its root lies.
+LOCK = Path("/tmp/akorn-slurm.lock")
 NODES = ("n1", "n2", "n3")
 
 
@@ -27,35 +32,36 @@ def why_not() -> str | None:
     return None
 
 
-def is_up() -> bool:
-    """Whether the cluster runs already (started by hand, and left running)."""
-    pid_file = ROOT / "run" / "slurmctld.host.pid"
-    return pid_file.exists() and Path(f"/proc/{pid_file.read_text().strip()}").exists()
+@contextlib.contextmanager
+def reserved() -> Iterator[bool]:
+    """Whether this test run is the only one here that uses the cluster; if so, it stays that as long as this lasts."""
+    with LOCK.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def start() -> str | None:
-    """Start the cluster, or find it healthy. Returns why it could not be started."""
+    """Start the cluster afresh, whatever an earlier run has left. Returns why it could not be started."""
+    stop()
     try:
-        done = subprocess.run(
-            ["bash", str(SCRIPTS / "up.sh")], env=_own_environment(), capture_output=True, text=True, timeout=300
-        )
+        done = _script("up.sh", seconds=400)
     except subprocess.TimeoutExpired:
-        return "SLURM did not start within 5 minutes (installing its packages takes one)"
+        return "SLURM did not start in time"
     return None if done.returncode == 0 else f"SLURM did not start: {done.stderr.strip()[-500:]}"
 
 
 def stop() -> None:
-    subprocess.run(["bash", str(SCRIPTS / "down.sh")], env=_own_environment(), check=False, timeout=60)
+    _script("down.sh", seconds=120)
 
 
 def fault(command: str, node: str) -> None:
     """crash, kill-slurmd, unplug, plug or start a node."""
-    subprocess.run(
-        ["bash", str(SCRIPTS / "up.sh"), command, node.removeprefix("n")],
-        env=_own_environment(),
-        check=True,
-        timeout=90,
-    )
+    done = _script("up.sh", command, node.removeprefix("n"), seconds=120)
+    assert done.returncode == 0, done.stderr
 
 
 def start_all() -> None:
@@ -72,13 +78,13 @@ def heal() -> None:
 
 def controller(command: str) -> None:
     """kill or start slurmctld."""
-    subprocess.run(
-        ["bash", str(SCRIPTS / "up.sh"), f"{command}-controller"], env=_own_environment(), check=True, timeout=90
-    )
+    assert _script("up.sh", f"{command}-controller", seconds=120).returncode == 0
 
 
-def _own_environment() -> dict[str, str]:
-    return {**os.environ, "SLURM_TEST_ROOT": str(ROOT)}
+def _script(name: str, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "SLURM_TEST_ROOT": str(ROOT)}
+    command = ["bash", str(SCRIPTS / name), *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=seconds)
 
 
 def environment() -> dict[str, str]:
@@ -88,8 +94,20 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: str) -> str:
     """Output of a SLURM command."""
-    done = subprocess.run(arguments, env={**os.environ, **environment()}, capture_output=True, text=True, check=True)
+    variables = {**os.environ, **environment()}
+    done = subprocess.run(arguments, env=variables, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.strip()
+
+
+def scene() -> str:
+    """What SLURM says of jobs and nodes, for the message of a test that waited in vain."""
+    said = [f"{ROOT}: the end of slurmctld.log:", *last_lines(ROOT / "log" / "slurmctld.log", 15)]
+    for question in (["squeue", "--long"], ["sinfo", "--Node", "--long"]):
+        try:
+            said.append(command(*question))
+        except subprocess.SubprocessError as error:
+            said.append(str(error))
+    return "\n".join(said)
 
 
 def nodes_of(job_id: str) -> list[str]:
@@ -160,9 +178,9 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until a condition holds; fails with `what` after so many seconds."""
+    """Wait until a condition holds; fails with `what` and the state of the cluster after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+            raise TimeoutError(f"not within {seconds:.0f} s: {what}\n{scene()}")
         time.sleep(0.2)

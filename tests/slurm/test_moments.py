@@ -1,4 +1,4 @@
-"""Faults at other moments than in the middle of a training, and one after another.
+"""Faults at every moment of a life, and one after another.
 
 Each case is a list of (life, moment, strike). After all of them the run is what an undisturbed one is, bit for bit.
 """
@@ -26,15 +26,10 @@ CASES = {
         (0, "exporting", "kill first"),
         (1, "exporting", "signal"),
     ],
-    "requeued": [(0, "importing", "requeue"), (1, "saving", "requeue"), (2, "exporting", "requeue")],
+    "requeued": [(0, "training", "requeue"), (1, "importing", "requeue"), (2, "exporting", "requeue")],
     "killed": [(0, "training", "kill last"), (1, "training", "kill first"), (2, "training", "signal to all")],
-    "scripts": [(0, "importing", "kill script"), (1, "saving", "kill script")],
+    "scripts": [(0, "importing", "kill script"), (1, "training", "kill script")],
     "crashed": [(0, "training", "crash first"), (1, "training", "heal"), (1, "training", "crash second")],
-    "networks": [
-        (0, "training", "unplug second"),
-        (1, "ranks start", "heal"),
-        (1, "training", "kill slurmd of first"),
-    ],
 }
 
 

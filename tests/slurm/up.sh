@@ -39,16 +39,16 @@ install_packages() {
   [ ${#missing[@]} -eq 0 ] && return 0
   say "installing ${missing[*]}"
   # Keep the packages' own daemons from starting (we run our own, under $ROOT).
-  local policy=0
+  local policy=0 failed=0
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; policy=1
   fi
   mkdir -p "$ROOT"
-  { DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=0 -o Acquire::http::Timeout=15 update -q &&
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
-  } >"$ROOT/apt.log" 2>&1 || { tail -n 20 "$ROOT/apt.log" >&2; exit 1; }
-  [ $policy = 1 ] && rm -f /usr/sbin/policy-rc.d
-  return 0
+  { DEBIAN_FRONTEND=noninteractive timeout 60 apt-get -o Acquire::Retries=0 -o Acquire::http::Timeout=15 update -q &&
+    DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -q --no-install-recommends "${missing[@]}"
+  } >"$ROOT/apt.log" 2>&1 || failed=1
+  [ $policy = 0 ] || rm -f /usr/sbin/policy-rc.d
+  [ $failed = 0 ] || { tail -n 20 "$ROOT/apt.log" >&2; exit 1; }
 }
 
 # ---------------------------------------------------------------- 2. already up?
