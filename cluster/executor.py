@@ -21,6 +21,7 @@ from cluster.process import started_at
 from cluster.resources import Resources, local_gpus
 from cluster.submission import Record, Submission
 from configs import UserError
+from configs.cluster import Cluster
 
 if TYPE_CHECKING:
     from cluster.job import Job
@@ -85,7 +86,7 @@ def slurm_parameters(
         "wckey": None,
         "additional_parameters": additional,
         "srun_args": srun_args,
-        "setup": _setup_lines(cluster.setup, exports),
+        "setup": _setup_lines(cluster, exports),
         "teardown": _last_lines(folders, code),
     }
     if resources.cores is not None:
@@ -97,16 +98,16 @@ def slurm_parameters(
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 
-def _setup_lines(setup: Sequence[str], exports: Mapping[str, str]) -> list[str]:
+def _setup_lines(cluster: Cluster, exports: Mapping[str, str]) -> list[str]:
     # Without the traps the script would end with its job step at the time limit, or by `scancel --signal=USR2 --full`,
     # before its last lines.
     lines = [
         "trap terminated=1 TERM",
         "trap : USR2",
-        *setup,
+        *cluster.setup,
         *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
     ]
-    if "OMP_NUM_THREADS" in exports:
+    if "OMP_NUM_THREADS" not in cluster.env:
         # Where SLURM decides on the cores, so do the threads.
         lines.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS}"')
     return lines

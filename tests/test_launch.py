@@ -127,6 +127,36 @@ def test_a_script_for_slurm_can_be_seen_without_slurm(place: Path, capsys: pytes
     assert "64 = 32 x 2" in said
 
 
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        ("account=me", ["#SBATCH --account=me"]),
+        ("qos=normal", ["#SBATCH --qos=normal"]),
+        ("constraint=a&b", ["#SBATCH --constraint='a&b'"]),
+        ("exclude=n[3-4]", ["#SBATCH --exclude='n[3-4]'"]),
+        ("memory_gb=32", ["#SBATCH --mem=32GB"]),
+        ("time_min=300 signal_s=90", ["#SBATCH --time=300", "#SBATCH --signal=USR2@90"]),
+        ("sbatch_args={comment:hi}", ["#SBATCH --comment=hi"]),
+        ("srun_args=[--container-image=a]", [" --kill-on-bad-exit=1 --container-image=a "]),
+        ("setup=[source]", ["trap : USR2\n    source\n    export "]),
+        ("interface=ib0", ["export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"]),
+        ("env={A:x}", ['export A=x\n    export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-$OMP_NUM_THREADS}"\n    \n']),
+        ("env={OMP_NUM_THREADS:'3'}", ["export OMP_NUM_THREADS=3\n"]),
+    ],
+)
+def test_each_resource_reaches_the_script(
+    place: Path, capsys: pytest.CaptureFixture[str], keys: str, lines: list[str]
+) -> None:
+    given = [f"cluster.{key.replace(':', ': ')}" for key in f"executor=slurm partition=p {keys}".split()]
+    with pytest.raises(UserError, match=r"sinfo|partition"):
+        launch.main(["run.yaml", *given, "--dry-run"])
+    said = capsys.readouterr().out
+    for line in lines:
+        assert line in said
+    if "OMP" in keys:
+        assert "SLURM_CPUS_PER_TASK" not in said  # the user has the last word
+
+
 def test_sweeps_make_a_run_for_each_combination(place: Path) -> None:
     runs = sweep.configurations("run.yaml", ["seed=1"], ["optimizer.lr=1e-3,3e-4", "batch_size=8,16"])
     assert [run.name for run in runs] == [
