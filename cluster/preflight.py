@@ -210,6 +210,9 @@ def slurm_checks(resources: Resources) -> Iterator[Check]:
         yield Check(
             "time", "error", f"cluster.time_min={cluster.time_min}, {part.name} allows {part.time_min}; {remedy}"
         )
+    if resources.gpus and cluster.gpu_type is not None and cluster.gpu_type not in part.gpus:
+        offer = ", ".join(sorted(kind or "GPUs without a type" for kind in part.gpus)) or "no GPUs"
+        yield Check("size", "error", f"cluster.gpu_type={cluster.gpu_type}, but partition {part.name} has {offer}")
     for key, asked, offered in _asked(resources, part):
         if asked > offered:
             yield Check("size", "error", f"{key}={asked}, but partition {part.name} has {offered}; ask for less")
@@ -221,7 +224,8 @@ def slurm_checks(resources: Resources) -> Iterator[Check]:
 
 def _asked(resources: Resources, part: slurm.Partition) -> list[tuple[str, int, int]]:
     cluster = resources.cluster
-    gpus = part.gpus.get(cluster.gpu_type, 0) if cluster.gpu_type else max(part.gpus.values(), default=0)
+    most = max(part.gpus.values(), default=0)
+    gpus = part.gpus.get(cluster.gpu_type, most) if cluster.gpu_type else most
     return [
         ("cluster.nodes", resources.nodes, part.nodes),
         ("cluster.gpus", resources.gpus, gpus),

@@ -105,6 +105,8 @@ def test_the_partitions_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cluster.nodes=5, but partition a has 4" in nodes.text
     (gpus,) = slurm_levels(monkeypatch, fitting, gpus=8)
     assert "cluster.gpus=8" in gpus.text
+    (kind,) = slurm_levels(monkeypatch, Cluster(time_min=60, gpu_type="h100"))
+    assert kind.text == "cluster.gpu_type=h100, but partition a has a100"
     (limit,) = slurm_levels(monkeypatch, Cluster(time_min=61))
     assert "cluster.time_min=60" in limit.text
     (unknown,) = slurm_levels(monkeypatch, Cluster(time_min=60, partition="b"))
