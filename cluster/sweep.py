@@ -25,6 +25,8 @@ from configs import PretrainConfig, UserError, dump, load
 def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     """Overrides of each run: `["a=1,2", "b=3,4"]` gives (a=1, b=3), (a=1, b=4), (a=2, b=3), (a=2, b=4).
 
+    Commas in brackets do not separate: `model.args={coupling: none},{n: 2, omega: pair}` are two values.
+
     Raises:
         UserError: one is not of the form key=value,value.
     """
@@ -33,8 +35,20 @@ def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
         key, separator, values = item.partition("=")
         if not separator or not key or not values:
             raise UserError(f"--sweep {item}: expected key=value,value,..., e.g. --sweep optimizer.lr=1e-3,3e-4")
-        choices.append([f"{key}={value}" for value in values.split(",")])
+        choices.append([f"{key}={value}" for value in _split(values)])
     return list(itertools.product(*choices))
+
+
+def _split(values: str) -> list[str]:
+    """Parts between commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def name_of(base: str, overrides: Sequence[str]) -> str:

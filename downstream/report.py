@@ -2,6 +2,7 @@
 
 python downstream/report.py runs/quickstart
 python downstream/report.py runs/a runs/b --out comparison.html
+python downstream/report.py runs/a_seed-0 runs/a_seed-1 runs/b_seed-0 runs/b_seed-1 --table table.json
 """
 
 from __future__ import annotations
@@ -236,7 +237,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html of the first run)")
+    parser.add_argument(
+        "--table", type=Path, help="write scores as JSON (means over runs that differ in `seed-N` of their names, "
+        "differences from the first) and print them as Markdown, instead of a page",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
+    if arguments.table is not None:
+        from downstream import comparison, results
+
+        print(comparison.markdown(table := comparison.collect(arguments.runs)), end="")
+        results.write_json(arguments.table, table)
+        return 0
     out = write(arguments.runs, arguments.out or arguments.runs[0] / "report.html")
     print(f"{out} ({out.stat().st_size / 2**20:.1f} MB)")
     return 0

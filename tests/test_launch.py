@@ -175,6 +175,14 @@ def test_sweeps_make_a_run_for_each_combination(place: Path) -> None:
         sweep.combinations(["optimizer.lr"])
 
 
+def test_commas_in_brackets_separate_no_values() -> None:
+    swept = sweep.combinations(["model.args={coupling: none},{n: 2, num_steps: [4, 4]}", "seed=0,1"])
+    assert [model for model, seed in swept if seed == "seed=1"] == [
+        "model.args={coupling: none}",
+        "model.args={n: 2, num_steps: [4, 4]}",
+    ]
+
+
 def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from downstream import comparison
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"<!-- figures: (\S+) -->\n\n((?:\|.*\n)+)")
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
@@ -41,3 +43,10 @@ def test_every_figure_stands_in_its_results_file(source: str, table: str) -> Non
     figures = NUMBER.findall(table)
     assert figures
     assert set(figures) <= known
+
+
+@pytest.mark.parametrize(("source", "table"), _tables())
+def test_tables_of_several_runs_are_what_the_report_printed(source: str, table: str) -> None:
+    content = json.loads((DOCS / source).read_text())
+    if "rows" in content:
+        assert table == comparison.markdown(content)

@@ -1,0 +1,95 @@
+"""Tables of several runs: means over seeds, spreads, paired differences, and Markdown that says what the JSON does."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from downstream import comparison, report
+
+IMAGES = 40
+
+
+def discovery(name: str, images: np.ndarray) -> dict[str, Any]:
+    def of(values: np.ndarray) -> dict[str, Any]:
+        return {"mean": float(values.mean()), "images": values.tolist()}
+
+    entry = {"name": name, "scores": {"fg_ari": of(images), "mbo_i": of(images / 2)}}
+    flat = {"name": "one segment", "scores": {"fg_ari": of(0 * images), "mbo_i": of(0 * images + 0.1)}}
+    random = {"name": f"{name} (random)", "scores": {"fg_ari": of(images / 4), "mbo_i": of(images / 8)}}
+    return {
+        "task": "object_discovery",
+        "models": [entry, random],
+        "baselines": [flat],
+        "commit": "abc",
+        "protocol": {"data_fingerprint": f"scenes:{len(images)}"},
+    }
+
+
+def make(folder: Path, name: str, images: np.ndarray) -> Path:
+    path = folder / name / "downstream" / "object_discovery" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(discovery(name, images)))
+    return folder / name
+
+
+def test_means_spreads_and_differences_over_seeds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.3, 0.6, IMAGES)
+    runs = [make(tmp_path, f"full_seed-{seed}", base + 0.2 + 0.01 * seed) for seed in range(3)]
+    runs += [make(tmp_path, f"none_seed-{seed}", base) for seed in range(2)]
+    table = comparison.collect(runs)
+    full, none = table["rows"]
+    assert [(row["name"], row["seeds"]) for row in table["rows"]] == [("full", 3), ("none", 2)]
+    expected = [base.mean() + 0.2 + 0.01 * seed for seed in range(3)]
+    assert full["scores"]["FG-ARI"]["mean"] == pytest.approx(statistics.fmean(expected))
+    assert full["scores"]["FG-ARI"]["spread"] == pytest.approx(0.01)
+    difference = none["difference"]
+    assert difference["difference"] == pytest.approx(-0.21)
+    assert difference["low"] == pytest.approx(difference["high"])  # all images differ by the same
+    assert [row["name"] for row in table["beside"]] == ["random", "one segment"]
+
+    lines = comparison.markdown(table).splitlines()
+    assert lines[0] == "|  | seeds | FG-ARI | MBO | FG-ARI against the first |"
+    assert f"| {100 * full['scores']['FG-ARI']['mean']:.1f} \N{PLUS-MINUS SIGN} 1.0 |" in lines[2]
+    assert "-21.0 (-21.0 to -21.0)" in lines[3]
+    assert lines[-1] == "| one segment |  | 0.0 | 10.0 |  |"
+
+
+def test_scores_on_other_images_are_not_paired(tmp_path: Path) -> None:
+    runs = [make(tmp_path, "a", np.full(IMAGES, 0.5)), make(tmp_path, "b", np.full(IMAGES + 1, 0.5))]
+    assert comparison.collect(runs)["rows"][1]["difference"] is None
+
+
+def test_evaluations_under_a_name_of_their_own_are_columns_of_their_own(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", np.full(IMAGES, 0.5))
+    other = run / "downstream" / "uptile 4" / "results.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(discovery("a", np.full(IMAGES, 0.6))))
+    (row,) = comparison.collect([run])["rows"]
+    assert {name: score["mean"] for name, score in row["scores"].items()} == pytest.approx(
+        {"FG-ARI": 0.5, "MBO": 0.25, "FG-ARI, uptile 4": 0.6, "MBO, uptile 4": 0.3}
+    )
+
+
+def test_runs_without_results_or_scored_differently_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no results"):
+        comparison.collect([tmp_path / "empty"])
+    runs = [make(tmp_path, f"a_seed-{seed}", np.full(IMAGES, 0.5)) for seed in range(2)]
+    source = runs[1] / "downstream" / "object_discovery"
+    source.rename(source.with_name("other"))
+    with pytest.raises(UserError, match="repetitions of a were not scored alike"):
+        comparison.collect(runs)
+
+
+def test_the_command_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "a", np.linspace(0, 1, IMAGES))
+    assert report.main([str(run), "--table", str(tmp_path / "table.json")]) == 0
+    assert capsys.readouterr().out == comparison.markdown(json.loads((tmp_path / "table.json").read_text()))
