@@ -25,7 +25,6 @@ class EvaluationConfig(Section):
     runs_dir: str = Field("runs", description="folder of all runs")
     images: PositiveInt | None = Field(None, description="evaluate on the first so many images only")
     batch_size: PositiveInt = Field(64, description="images per forward pass and process")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products")
     seed: NonNegativeInt = Field(0, description="of every random choice")
     cluster: Cluster = Cluster()
 
@@ -45,6 +44,7 @@ class BackboneConfig(EvaluationConfig):
     steps: NonNegativeInt | None = Field(None, description="T at test time; default: the model's own")
     input_size: PositiveInt | None = Field(None, description="side the model sees images at; default: the data's")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products")
 
 
 def _known_preset(name: str | None) -> str | None:
@@ -136,6 +136,7 @@ class SudokuConfig(EvaluationConfig):
         default_factory=dict, description="arguments of a published file, under their published names, e.g. {T: 16}"
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products")
     T: tuple[PositiveInt, ...] = Field((16, 128), description="numbers of steps to read an answer at")
     starts: PositiveInt = Field(8, description="random starts of each puzzle")
     vote: tuple[Literal["energy", "energy-sum", "majority", "c-vote"], ...] = Field(

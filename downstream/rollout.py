@@ -98,10 +98,14 @@ def _run(solver: Solver, puzzles: Boards, pairs: NDArray[np.int64], rollouts: Ro
     total, done = torch.zeros(len(rows), device=solver.device), 0
     for place, steps in enumerate(rollouts.steps):
         if state is None:
-            logits = solver.net(digits, steps=None if solver.net.kind == "transformer" else steps)
+            with solver.autocast():
+                logits = solver.net(digits, steps=None if solver.net.kind == "transformer" else steps)
         else:
             # A model of one layer goes on from where it is; others begin again for every number of steps.
-            output = solver.net.forward_oscillators(digits, state, steps=steps - done, energy=True, continued=done > 0)
+            with solver.autocast():
+                output = solver.net.forward_oscillators(
+                    digits, state, steps=steps - done, energy=True, continued=done > 0
+                )
             logits, energies = output.logits, output.energy[-1]
             total = energies[1:].sum(0) + (total if done else 0)
             rollouts.energy[place, rows, columns] = energies[-1].cpu().numpy()

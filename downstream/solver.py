@@ -24,6 +24,11 @@ class Solver:
     name: str
     description: dict[str, Any]
     device: torch.device
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network runs."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def has_starts(self) -> bool:
@@ -31,12 +36,15 @@ class Solver:
         return self.net.kind == "akorn"
 
 
-def load(ckpt: str, *, args: Mapping[str, Any] | None = None, device: str | None = None) -> Solver:
+def load(
+    ckpt: str, *, args: Mapping[str, Any] | None = None, device: str | None = None, precision: str = "fp32"
+) -> Solver:
     """Read a solver.
 
     Args:
         ckpt: folder of a run (its export, or else its newest checkpoint) or of an export, or a published .pth file.
         args: architecture arguments of a published file, under their published names.
+        precision: of matrix products, "fp32" or "bf16".
 
     Raises:
         UserError: there is no such thing, it is no Sudoku solver, or its weights do not fit.
@@ -61,7 +69,7 @@ def load(ckpt: str, *, args: Mapping[str, Any] | None = None, device: str | None
         from pretrain import kernels
 
         kernels.fastest(net)
-    return Solver(net, path.resolve().name, description, where)
+    return Solver(net, path.resolve().name, description, where, precision)
 
 
 def _exported(folder: Path) -> tuple[SudokuNet, dict[str, Any]]:

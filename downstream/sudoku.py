@@ -47,7 +47,7 @@ def run(config: SudokuConfig, *, out_dir: Path | None = None) -> dict[str, Any]:
 
     began = time.monotonic()
     puzzles = readers.read(str(config.data))[: config.images]
-    solver = load(config.ckpt, args=config.args, device=config.device)
+    solver = load(config.ckpt, args=config.args, device=config.device, precision=config.precision)
     tally = score_set(solver, puzzles, config)
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
     document = tally.document()
@@ -95,7 +95,7 @@ def protocol_of(config: SudokuConfig, solver: Solver, puzzles: Puzzles) -> dict[
         "finish": config.finish,
         "seed": config.seed,
         "correct": "all 81 cells; givens are put back into every answer",
-        "precision": "fp32",
+        "precision": config.precision,
     }
 
 
@@ -150,7 +150,7 @@ def solve_one(config: SudokuConfig) -> dict[str, Any]:
     from downstream.rollout import roll_out
     from downstream.solver import load
 
-    solver = load(str(config.ckpt), args=config.args, device=config.device)
+    solver = load(str(config.ckpt), args=config.args, device=config.device, precision=config.precision)
     rollouts = roll_out(
         solver, puzzle[None], steps=[max(config.T)], starts=config.starts, seed=config.seed,
         batch_size=config.batch_size, finish=config.finish,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from configs.errors import UserError
 from downstream import sudoku
+from downstream.rollout import roll_out
 from downstream.solver import load
 from pretrain.data.sudoku import board, generator
 from pretrain.tasks.sudoku import make_model
@@ -38,6 +40,16 @@ def puzzles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The last one is full: any network has it right.
     path.write_text("\n".join([*map(board.text, made.puzzles[:5]), board.text(made.solutions[5])]))
     return path
+
+
+def test_the_precision_asked_for_is_the_one_of_the_products(exported: Path) -> None:
+    made = generator.generate(3, seed=0, givens=(30, 40))
+    exact, rounded = (
+        roll_out(load(str(exported), precision=precision), made.puzzles, steps=[4], starts=2, seed=0, batch_size=4)
+        for precision in ("fp32", "bf16")
+    )
+    assert not np.array_equal(exact.confidence, rounded.confidence)
+    np.testing.assert_allclose(rounded.confidence, exact.confidence, rtol=0.02)
 
 
 def test_a_set_is_scored(exported: Path, puzzles: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
