@@ -23,6 +23,7 @@ AKORN_MODELS: tuple[str, ...] = (
     "akorn_clevrtex_large_patch8_128",
     "akorn_nano_patch4_32",
     "akorn_nano_patch4_64",
+    "akorn_nano_l2_patch4_32",
 )
 AKORN_CONV_MODELS: tuple[str, ...] = (
     "akorn_conv_nano_patch4_32",

@@ -3,10 +3,14 @@
 Every AKOrN with attention has an ItrSA twin of the same width, depth, heads, steps and positions. Recipes: the flagship
 family (256 px) is this project's own; CLEVRTex and nano (Tetrominoes, dSprites) are the published architectures, with
 the plain equation's gamma 0.5 where the published code says 1.
+
+Weights that come with the package lie in weights/, a file MODEL.TAG.safetensors each:
+`timm.create_model("akorn_nano_patch4_32.tetrominoes", pretrained=True)` loads one, offline.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -28,6 +32,7 @@ CLEVRTEX: Size = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "num_heads
 NANO: Size = {"patch_size": 4, "embed_dim": 128, "depth": 1, "num_heads": 8}
 CONV: Size = {"coupling": "conv", "kernel_size": 5, "positions": "abs"}
 MIXED: Size = {"coupling": ("conv", "conv", "attn")}
+WEIGHTS = Path(__file__).with_name("weights")
 
 
 def _attention_sizes() -> dict[str, Size]:
@@ -40,6 +45,7 @@ def _attention_sizes() -> dict[str, Size]:
     sizes["clevrtex_large_patch8_128"] = {**CLEVRTEX, "depth": 2, "embed_dim": 512}
     for side in (32, 64):
         sizes[f"nano_patch4_{side}"] = {**NANO, "img_size": side}
+    sizes["nano_l2_patch4_32"] = {**NANO, "img_size": 32, "depth": 2, "num_steps": 3}
     return sizes
 
 
@@ -47,7 +53,7 @@ def _models() -> dict[str, tuple[type[nn.Module], Size]]:
     """Class and constructor arguments of every model, by name."""
     models: dict[str, tuple[type[nn.Module], Size]] = {}
     for name, size in _attention_sizes().items():
-        models[f"akorn_{name}"] = AKOrN, {**size, "c_norm": "none"} if name.startswith("nano") else size
+        models[f"akorn_{name}"] = AKOrN, {**size, "c_norm": "none"} if name.startswith("nano_patch") else size
         models[f"itrsa_{name}"] = ItrSA, size
     for side in (32, 64):
         models[f"akorn_conv_nano_patch4_{side}"] = AKOrN, {**NANO, **CONV, "img_size": side, "c_norm": "none"}
@@ -79,7 +85,16 @@ def _cfg(model: type[nn.Module], size: Size) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(*model) for name, model in MODELS.items()})
+def _cfgs() -> dict[str, Any]:
+    """Of what lies in WEIGHTS, and of every model without weights, its default (the asterisk says so to timm)."""
+    trained = {
+        path.stem: {**_cfg(*MODELS[path.stem.split(".")[0]]), "num_classes": 0, "file": str(path)}
+        for path in sorted(WEIGHTS.glob("*.safetensors"))
+    }
+    return {**trained, **{f"{name}.*": _cfg(*model) for name, model in MODELS.items()}}
+
+
+default_cfgs = generate_default_cfgs(_cfgs())
 
 
 def _register(name: str, model: type[nn.Module], size: Size) -> None:
