@@ -168,20 +168,13 @@ def _tell_state(submission: Submission, state: State, reader: RunReader, screen:
     elif state.name in ("failed", "lost"):
         screen.say(f"{link}: {state.name}: {state.detail}")
         log = submission.home / "logs" / f"{link}.log"
-        lines = last_lines(log, _LOG_LINES) or _early_lines(submission)
-        for line in lines:
+        if not log.exists():
+            log = next(iter(submission.early_logs()), log)
+        for line in last_lines(log, _LOG_LINES):
             screen.say(f"  | {line}")
         screen.say(f"  all of it: {shown(log)}")
     elif state.name in ("cancelled", "stopped"):
         screen.say(f"{link}: {state.name}" + (f" ({state.detail})" if state.detail else ""))
-
-
-def _early_lines(submission: Submission) -> list[str]:
-    """What was printed before the rank had opened its own log."""
-    record = submission.record()
-    job_id = record.job_id if record else "*"
-    logs = [*submission.submitit_folder.glob(f"{job_id}_*_log.out"), submission.folder / "supervisor.log"]
-    return next((lines for log in logs if (lines := last_lines(log, _LOG_LINES))), [])
 
 
 def _took(submission: Submission) -> str:

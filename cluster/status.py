@@ -134,16 +134,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def log_file(home: Path, link: str | None, rank: int) -> Path:
-    """The log of one rank of a link (default: the newest link that has started).
+    """The log of one rank of a link (default: the newest link that has started), or what came before it could begin.
 
     Raises:
         UserError: it has none yet.
     """
+    links = latest(home)
     if link is None:
-        started = [submission for submission in latest(home).values() if submission.lives()]
-        link = started[-1].link if started else "pretrain"
+        started = [submission for submission in links.values() if submission.lives()]
+        link = started[-1].link if started else next(iter(links), "pretrain")
     path = home / "logs" / f"{link}.rank{rank}.log"
     if not path.exists():
+        if rank == 0 and link in links and (early := links[link].early_logs()):
+            return early[0]
         known = sorted(file.name for file in (home / "logs").glob("*.rank*.log"))
         raise UserError(f"no {shown(path)} yet" + (f"; there are {', '.join(known)}" if known else ""))
     return path

@@ -163,6 +163,13 @@ class Submission:
         row = {"generation": generation, "time": time.time(), "progress": self.progress(), "exits": exits}
         append_line(self.folder / "failures.jsonl", row)
 
+    def early_logs(self) -> list[Path]:
+        """What was printed before rank 0 had opened its log: by the batch script or the supervisor, and by Python."""
+        record = self.record()
+        job_id = record.job_id if record else "*"
+        found = [*sorted(self.submitit_folder.glob(f"{job_id}_*_log.out")), self.folder / "supervisor.log"]
+        return [path for path in found if path.exists() and path.stat().st_size]
+
     def progress(self) -> int:
         """What a restart would not have to do again: the newest checkpoint's step, or the files of partial results."""
         if self.link == "pretrain":

@@ -99,6 +99,13 @@ def test_restarts_without_progress_are_bounded(place: Path, capsys: pytest.Captu
     assert "no attribute 'missing'" in said  # the end of the log is shown
 
 
+def test_what_ends_a_job_before_its_ranks_begin_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["run.yaml", "cluster.setup=[echo no such module, exit 3]"]) == 1
+    assert "  | no such module\n  all of it: runs/r/jobs/0000_pretrain/supervisor.log" in capsys.readouterr().out
+    assert launch.main(["logs", "r"]) == 0
+    assert capsys.readouterr().out == "no such module\n"
+
+
 def test_ctrl_c_saves_and_stops_and_resume_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_STEP_S", "0.05")
     home = place / "runs" / "r"
