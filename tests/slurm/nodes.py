@@ -171,10 +171,14 @@ def send(pids: Iterable[int], number: signal.Signals) -> list[int]:
     return there
 
 
-def is_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal waits for a process that is stopped."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
+def has_heard(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal has come for a stopped process: it is pending, or SLURM has woken the process for it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    is_pending = bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
+    return is_pending or "State:\tT" not in status
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:

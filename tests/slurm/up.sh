@@ -146,7 +146,8 @@ MessageTimeout=5
 BatchStartTimeout=10
 KillWait=3
 CompleteWait=0
-UnkillableStepTimeout=30
+# on a busy machine processes die slowly, and a node on which one has not died in time is drained: jobs wait for ever
+UnkillableStepTimeout=600
 MinJobAge=600
 # a fresh cluster must not reuse job ids: submitit would take an old job's result in the same folder for the new one's
 FirstJobId=$(( $(date +%s) / 4 % 60000000 + 1000 ))
