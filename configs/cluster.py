@@ -19,9 +19,11 @@ class Cluster(Section):
     processes: PositiveInt | None = Field(
         None, description="processes per node; default: one per GPU, or one where there is no GPU"
     )
-    gpus: int | None = Field(None, ge=0, description="GPUs per node; default: all of this machine; 0 on CPU clusters")
+    gpus: int | None = Field(None, ge=0, description="GPUs per node; default: all of the node; 0 on CPU clusters")
     gpu_type: str | None = Field(None, description="type of GPU as SLURM names it, e.g. h100")
-    cpus_per_process: PositiveInt | None = Field(None, description="CPU cores per process; default: cores / processes")
+    cpus_per_process: PositiveInt | None = Field(
+        None, description="CPU cores per process; default: cores / processes, on SLURM its own (often one)"
+    )
     memory_gb: PositiveInt | None = Field(None, description="memory per node in GB; default: the partition's")
     time_min: PositiveInt = Field(
         1440, description="time limit of one submission in minutes; a run is requeued past it"
