@@ -35,7 +35,7 @@ test-slurm: install  ## everything on a real SLURM of several nodes (Debian, roo
 	@$(BIN)/python -m pytest -rs -m slurm tests/slurm
 
 test-slurm-short: install  ## the short form of it; skipped with a reason where it cannot run
-	@SLURM_TEST_DBD=0 $(BIN)/python -m pytest -rs -m slurm -k short tests/slurm
+	@SLURM_TEST_DBD=0 SLURM_TEST_SLURMD_TIMEOUT=60 $(BIN)/python -m pytest -rs -m slurm -k short tests/slurm
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

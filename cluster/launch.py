@@ -79,7 +79,7 @@ def _status(argv: Sequence[str]) -> int:
     status.print_table(("job", "state", "where", "restarts", "progress"), rows)
     print(f"last event: {status.last_event(home)}\nfolder: {shown(home)}")
     if status.broke(rows):
-        print(f"go on from where it broke: python cluster/launch.py resume {launching.resume_name(home)}")
+        print(f"go on: python cluster/launch.py resume {launching.resume_name(home)}")
     return 0
 
 

@@ -185,7 +185,7 @@ def test_a_broken_link_is_started_again_where_it_broke(
     monkeypatch.setenv("STANDIN_BREAK", "object_discovery")
     assert launch.main(["run.yaml", CHAIN]) == 1
     assert launch.main(["status", "r"]) == 0
-    remedy = "go on from where it broke: python cluster/launch.py resume r\n"
+    remedy = "go on: python cluster/launch.py resume r\n"
     assert remedy in capsys.readouterr().out.split("folder: ")[1]
     home = place / "runs" / "r"
     before = latest(home)

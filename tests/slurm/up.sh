@@ -143,7 +143,7 @@ ReturnToService=2
 SlurmdTimeout=${SLURM_TEST_SLURMD_TIMEOUT:-10}
 SlurmctldTimeout=30
 MessageTimeout=5
-BatchStartTimeout=10
+BatchStartTimeout=60
 KillWait=3
 CompleteWait=0
 # on a busy machine processes die slowly, and a node on which one has not died in time is drained: jobs wait for ever
