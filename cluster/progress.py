@@ -16,7 +16,7 @@ from typing import Any
 from cluster.tail import JsonTail
 
 # Keys of an event that its line does not repeat.
-_NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank", "zero_stage", "stream"})
+_NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank", "zero_stage", "stream", "kernels"})
 # Events that the launcher tells in its own words.
 _TOLD = frozenset({"finished", "saved"})
 
