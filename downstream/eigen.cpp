@@ -4,9 +4,9 @@
 // G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th edition, 8.3 and 8.4; I. S. Dhillon, B. N. Parlett, "Multiple
 // representations to compute orthogonal eigenvectors of symmetric tridiagonal matrices", Linear Algebra Appl. 387, 2004.
 //
-// LAPACK finds all n eigenvectors, and in blocks that matrices of a few hundred rows are too small for. Here the matrix
-// is read and written once per column of the reduction (the update of the last reflector and the product with the next
-// share a pass), and only the eigenvectors asked for are computed, a vector's lane each. The reduction is float, its
+// LAPACK finds all n eigenvectors, and in blocks that matrices of a few hundred rows are too small for. Here half of the
+// matrix is read and written once per column of the reduction (the update of the last reflector and the product with the
+// next share a pass), and only the eigenvectors asked for are computed, a vector's lane each. The reduction is float, its
 // tridiagonal matrix is treated in double: what is lost is what rounding the matrix to float loses. Eigenvalues so close
 // that their vectors are not orthogonal are left to the caller to notice (downstream/eigen.py).
 //
@@ -25,10 +25,12 @@ namespace {
 using Index = int64_t;
 constexpr Index kFloats = 16, kDoubles = 8;  // in a vector
 constexpr Index kPanel = 32;                 // eigenvectors transformed at a time: n of them fit the first cache
-constexpr Index kReflectors = 4;             // applied at a time
+constexpr Index kRows = 4;                   // of the matrix, reduced at a time
+constexpr Index kReflectors = 8;             // applied at a time
 constexpr Index kRescale = 16;               // steps of a Sturm sequence between two scalings
 constexpr int kHalvings = 46;                // of the interval [-1, 1]: to 3e-14 of the norm
 constexpr double kTiny = 1e-15;              // of the norm: smaller couplings count as this much
+constexpr double kNothing = 1e-18;           // in a unit vector: 0, since subnormal floats take a hundred times as long
 
 using Floats = float __attribute__((vector_size(64)));
 using HalfFloats = float __attribute__((vector_size(32), aligned(4)));
@@ -40,10 +42,17 @@ Floats& at(float* values) { return *reinterpret_cast<Floats*>(values); }
 const Floats& at(const float* values) { return *reinterpret_cast<const Floats*>(values); }
 Doubles absolute(Doubles values) { return values < 0 ? -values : values; }
 
+float total(const Floats& values) {
+  using Quarter = float __attribute__((vector_size(16)));
+  const auto* part = reinterpret_cast<const Quarter*>(&values);
+  const Quarter sum = (part[0] + part[1]) + (part[2] + part[3]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 class Decomposition {
  public:
   Decomposition(Index n, Index m)
-      : n_(n), m_(m), stride_(round_up(n, kFloats)), matrix_(n * stride_ / kFloats), reflectors_(matrix_.size()),
+      : n_(n), m_(m), stride_(round_up(n, kFloats)), matrix_(round_up(n, kRows) * stride_ / kFloats),
         vectors_(round_up(m, kPanel) * stride_ / kFloats), w_(stride_ / kFloats), p_(w_.size()), zero_(w_.size()),
         diagonal_(n), off_(n), square_(n), ahead_(n), lower_(n), upper_(n), z_(n), values_(round_up(m, kPanel)) {}
 
@@ -54,8 +63,8 @@ class Decomposition {
     for (Index first = 0; first < m_; first += kPanel) {
       bisect(first);
       for (Index lane = first; lane < first + kPanel; lane += kDoubles) invert(lane);
-      transform(panel(first));
     }
+    transform();
     for (Index j = 0; j < m_; ++j) values[j] = static_cast<float>(values_[j] * norm);
     for (Index i = 0; i < n_; ++i)
       for (Index first = 0; first < m_; first += kPanel)
@@ -64,10 +73,10 @@ class Decomposition {
 
  private:
   float* row(Index i) { return reinterpret_cast<float*>(matrix_.data()) + i * stride_; }
-  float* reflector(Index k) { return reinterpret_cast<float*>(reflectors_.data()) + k * stride_; }
   float* panel(Index first) { return reinterpret_cast<float*>(vectors_.data()) + first * stride_; }
 
-  // Q'AQ tridiagonal, Q the product of reflections 1 - v v' with v'v = 2.
+  // Q'AQ tridiagonal, Q the product of reflections 1 - v v' with v'v = 2, which take the place of the matrix's rows. Of
+  // those only what lies right of the diagonal, and its block, is kept up to date.
   void reduce(const float* matrix) {
     float *w = reinterpret_cast<float*>(w_.data()), *p = reinterpret_cast<float*>(p_.data());
     const float* last = reinterpret_cast<float*>(zero_.data());  // the reflector before, whose update is due
@@ -77,13 +86,14 @@ class Decomposition {
       std::fill(row(i) + n_, row(i) + stride_, 0.0f);
     }
     for (Index k = 0; k + 1 < n_; ++k) {
-      float *own = row(k), *v = reflector(k);
-      for (Index j = 0; j < n_; ++j) own[j] -= last[k] * w[j] + w[k] * last[j];
-      diagonal_[k] = own[k];
-      off_[k] = reflect(own, v, k + 1);
+      float* v = row(k);
+      for (Index j = k; j < n_; ++j) v[j] -= last[k] * w[j] + w[k] * last[j];
+      diagonal_[k] = v[k];
+      off_[k] = reflect(v, k + 1);
+      std::fill(p, p + stride_, 0.0f);
       Index i = k + 1;
-      for (; i + 4 <= n_; i += 4) update<4>(i, k + 1, last, w, v, p);
-      for (; i < n_; ++i) update<1>(i, k + 1, last, w, v, p);
+      for (; i % kRows != 0; ++i) update<1>(i, last, w, v, p);
+      for (; i < n_; i += kRows) update<kRows>(i, last, w, v, p);
       float share = 0;
       for (Index j = k + 1; j < n_; ++j) share += p[j] * v[j];
       std::fill(w, w + k + 1, 0.0f);
@@ -93,36 +103,38 @@ class Decomposition {
     diagonal_[n_ - 1] = row(n_ - 1)[n_ - 1];
   }
 
-  // The reflector v that turns x from `first` on into a multiple of its first unit vector; returns the multiple.
-  double reflect(const float* x, float* v, Index first) {
+  // Row v from `first` on -> the reflector that turns it into a multiple of its first unit vector; returns the multiple.
+  double reflect(float* v, Index first) {
     double sum = 0;
-    for (Index j = first; j < n_; ++j) sum += double(x[j]) * x[j];
-    const double head = x[first], image = head > 0 ? -std::sqrt(sum) : std::sqrt(sum), pivot = head - image;
+    for (Index j = first; j < n_; ++j) sum += double(v[j]) * v[j];
+    const double head = v[first], image = head > 0 ? -std::sqrt(sum) : std::sqrt(sum), pivot = head - image;
     const double length = sum - head * head + pivot * pivot, factor = length > 0 ? std::sqrt(2 / length) : 0.0;
-    std::fill(v, v + stride_, 0.0f);
-    for (Index j = first; j < n_; ++j) v[j] = static_cast<float>(x[j] * factor);
+    std::fill(v, v + first, 0.0f);
+    for (Index j = first; j < n_; ++j) v[j] = static_cast<float>(v[j] * factor);
     v[first] = static_cast<float>(pivot * factor);
     return image;
   }
 
-  // Rows i..i+R of A - last w' - w last', and their products p with the next reflector.
-  template <int R>
-  void update(Index i, Index first, const float* last, const float* w, const float* v, float* p) {
+  // R rows of A - last w' - w last', from their diagonal block on, and what they and their mirror image add to the
+  // product p with the next reflector.
+  template <Index R>
+  void update(Index i, const float* last, const float* w, const float* v, float* p) {
+    float* x = row(i);
     Floats sum[R] = {};
-    float a[R], b[R];
-    for (int r = 0; r < R; ++r) { a[r] = last[i + r]; b[r] = w[i + r]; }
-    for (Index j = first / kFloats * kFloats; j < stride_; j += kFloats) {
+    const Index block = i / kFloats * kFloats;
+    for (Index j = block; j < stride_; j += kFloats) {
       const Floats last_j = at(last + j), w_j = at(w + j), v_j = at(v + j);
-      for (int r = 0; r < R; ++r) {
-        Floats& x = at(row(i + r) + j);
-        x -= a[r] * w_j + b[r] * last_j;
-        sum[r] += x * v_j;
+      Floats mirrored = {};
+#pragma GCC unroll 8
+      for (Index r = 0; r < R; ++r) {
+        Floats& y = at(x + r * stride_ + j);
+        y -= last[i + r] * w_j + w[i + r] * last_j;
+        sum[r] += y * v_j;
+        mirrored += y * v[i + r];
       }
+      if (j > block) at(p + j) += mirrored;
     }
-    for (int r = 0; r < R; ++r) {
-      p[i + r] = 0;
-      for (Index lane = 0; lane < kFloats; ++lane) p[i + r] += sum[r][lane];
-    }
+    for (Index r = 0; r < R; ++r) p[i + r] += total(sum[r]);
   }
 
   // Scales the tridiagonal matrix to a norm of 1, which is returned.
@@ -215,40 +227,57 @@ class Decomposition {
     }
     for (Index l = 0; l < kDoubles; ++l) size[l] = 1 / std::sqrt(size[l]);
     float* out = panel(first / kPanel * kPanel) + first % kPanel;
-    for (Index i = 0; i < n_; ++i)
-      *reinterpret_cast<HalfFloats*>(out + i * kPanel) = __builtin_convertvector(z_[i] * size, HalfFloats);
+    for (Index i = 0; i < n_; ++i) {
+      const Doubles x = z_[i] * size, kept = absolute(x) < kNothing ? Doubles{} : x;
+      *reinterpret_cast<HalfFloats*>(out + i * kPanel) = __builtin_convertvector(kept, HalfFloats);
+    }
   }
 
   static Doubles guarded(Doubles pivot) { return absolute(pivot) < 1e-30 ? Doubles{} + 1e-30 : pivot; }
 
-  // Q times a panel of vectors [n, kPanel], kReflectors reflections at a time: Y - V W, where V'Y gives W.
-  void transform(float* vectors) {
+  // Q times the vectors: kReflectors reflections at a time, Y - V W, where V'Y gives W.
+  void transform() {
     for (Index last = n_ - 2; last >= 0; last -= kReflectors) {
       const float* v[kReflectors];  // in the order in which they apply; zero up to `first`, and from n on
-      for (Index r = 0; r < kReflectors; ++r)
-        v[r] = last >= r ? reflector(last - r) : reinterpret_cast<float*>(zero_.data());
+      for (Index r = 0; r < kReflectors; ++r) v[r] = last >= r ? row(last - r) : reinterpret_cast<float*>(zero_.data());
       const Index first = std::max(last - kReflectors + 2, Index{0});
-      Floats w[kReflectors][2] = {};
-      for (Index i = first; i < n_; ++i)
-        for (Index r = 0; r < kReflectors; ++r)
-          for (Index half = 0; half < 2; ++half) w[r][half] += v[r][i] * at(vectors + i * kPanel + half * kFloats);
+      float products[kReflectors][kReflectors];
       for (Index r = 1; r < kReflectors; ++r)
         for (Index s = 0; s < r; ++s) {
-          float product = 0;
-          for (Index i = 0; i < n_; ++i) product += v[r][i] * v[s][i];
-          for (Index half = 0; half < 2; ++half) w[r][half] -= product * w[s][half];
-        }
-      for (Index i = first; i < n_; ++i)
-        for (Index half = 0; half < 2; ++half) {
           Floats sum = {};
-          for (Index r = 0; r < kReflectors; ++r) sum += v[r][i] * w[r][half];
-          at(vectors + i * kPanel + half * kFloats) -= sum;
+          for (Index i = 0; i < stride_; i += kFloats) sum += at(v[r] + i) * at(v[s] + i);
+          products[r][s] = total(sum);
         }
+      for (Index j = 0; j < m_; j += kPanel) reflect_panel(v, products, first, panel(j));
+    }
+  }
+
+  // Rows from `first` on of a panel of vectors; products: v'v of the reflectors.
+  void reflect_panel(const float* const* v, const float (*products)[kReflectors], Index first, float* vectors) {
+    Floats w[kReflectors][2] = {};
+    for (Index i = first; i < n_; ++i) {
+      const Floats y = at(vectors + i * kPanel), z = at(vectors + i * kPanel + kFloats);
+#pragma GCC unroll 8
+      for (Index r = 0; r < kReflectors; ++r) {
+        w[r][0] += v[r][i] * y;
+        w[r][1] += v[r][i] * z;
+      }
+    }
+    for (Index r = 1; r < kReflectors; ++r)
+      for (Index s = 0; s < r; ++s)
+        for (Index half = 0; half < 2; ++half) w[r][half] -= products[r][s] * w[s][half];
+    for (Index i = first; i < n_; ++i) {
+      Floats &y = at(vectors + i * kPanel), &z = at(vectors + i * kPanel + kFloats);
+#pragma GCC unroll 8
+      for (Index r = 0; r < kReflectors; ++r) {
+        y -= v[r][i] * w[r][0];
+        z -= v[r][i] * w[r][1];
+      }
     }
   }
 
   Index n_, m_, stride_;
-  std::vector<Floats> matrix_, reflectors_, vectors_, w_, p_, zero_;
+  std::vector<Floats> matrix_, vectors_, w_, p_, zero_;
   std::vector<double> diagonal_, off_, square_;
   std::vector<Doubles> ahead_, lower_, upper_, z_;
   std::vector<double> values_;

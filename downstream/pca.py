@@ -38,7 +38,7 @@ def pca(features: Tensor, components: int) -> Tensor:
 def _project(features: Tensor, components: int) -> Tensor:
     channels, tokens = features.shape[2], features.shape[1]
     centred = features - features.mean(1, keepdim=True)
-    if channels <= tokens:
+    if channels < tokens:
         _, axes = leading(centred.mT @ centred, components)
         return centred @ axes
     values, vectors = leading(centred @ centred.mT, components)  # U S of the singular value decomposition
