@@ -8,20 +8,19 @@ namespace {
 // What the backward of one thread holds beside Scratch; and the sums over its images and all steps.
 template <class E> struct BackScratch {
   float *ds, *dp, *d_oa, *d_heads, *w_qkv, *b_qkv, *w_out, *own, *other, *frequency;
-  E *dsa, *dsp, *turned, *d_qkv, *d_qkv_p, *keys, *dout, *doutp, *qb, *doutb, *pa, *da, *dsb;
-  int stride;  // of d_qkv: rows of a power of two would share few cache sets
+  E *dsa, *dsp, *xp, *oa, *turned, *d_qkv, *keys, *dout, *doutp, *qb, *doutb, *pa, *da, *dsb;
   BackScratch(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
-    stride = 3 * C + 32;
+    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
     ds = arena.take<float>(N * C);
     dp = arena.take<float>(N * R);
-    d_oa = arena.take<float>(N * C);
+    d_oa = arena.take<float>(N * W);
     d_heads = arena.take<float>(3 * N * D);
     dsa = arena.take<E>(N * C);
     dsp = arena.take<E>(N * C);
-    turned = arena.take<E>(N * C);
-    d_qkv = arena.take<E>(N * stride);
-    d_qkv_p = arena.take<E>(N * 3 * C);
+    xp = arena.take<E>(N * C);
+    oa = arena.take<E>(N * W);
+    turned = arena.take<E>(N * 3 * W);
+    d_qkv = arena.take<E>(N * 3 * W);
     keys = arena.take<E>(N * D);
     dout = arena.take<E>(N * row);
     doutp = arena.take<E>(N * row);
@@ -41,9 +40,9 @@ template <class E> struct BackScratch {
     memset(arena.base + first, 0, arena.used - first);
   }
   static size_t bytes(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
-    return 4 * (2 * N * C + N * R + 3 * N * D) + sizeof(E) * (N * (9 * C + 32 + D + 2 * row + 3 * R) + 2 * R * D) +
-           4 * (4 * C * C + 4 * C + 8 * N * D) + 23 * SLACK;
+    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
+    return 4 * (N * (C + W) + N * R + 3 * N * D) + sizeof(E) * (N * (3 * C + 7 * W + D + 2 * row + 3 * R) + 2 * R * D) +
+           4 * (4 * C * C + 4 * C + 8 * N * D) + 24 * SLACK;
   }
 };
 
@@ -82,20 +81,22 @@ template <class E> void softmax_back(const Layer& l, float* s, float* dp, const 
 }
 
 // Adjoint of the attention of one head: d_heads, the gradients of rotated q, k and v [3, N, D], from d_oa; its part of oa
-// again, and of the gradients of the output's matrices.
-template <class E> void attention_back(const Layer& l, int h, Scratch<E>& z, BackScratch<E>& y) {
-  const int N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
+// again, and of the gradients of the output's matrices. qkv, mixed, d_oa and oa point at the head in its group.
+template <class E>
+void attention_back(const Layer& l, int h, Scratch<E>& z, BackScratch<E>& y, const E* qkv, const E* mixed,
+                    const float* d_oa, E* oa) {
+  const int N = l.N, D = l.head(), W = l.group(), row = head_row<E>(D);
   float *dq = y.d_heads, *dk = dq + N * D, *dv = dk + N * D;
   E *pa = sizeof(E) == 4 ? (E*)z.s : y.pa, *da = sizeof(E) == 4 ? (E*)y.dp : y.da, *dsb = sizeof(E) == 4 ? da : y.dsb;
   const vec one = splat(1.f);
-  rotated_heads(l, h, z.qkv, z.q, z.k, z.v);
+  rotated_heads(l, qkv, z.q, z.k, z.v);
   pack_transposed(z.q, row, row, N, z.qp);
   mixable(l, z.k, y.keys);
   for (int i = 0; i < N; i++) {
-    const long at = (long)i * C + h * D, table = (3L * N + i) * D;
-    rotate<true>(l, 3, i, y.d_oa + at, one, y.dout + (long)i * row);
-    rotate<false>(l, 3, i, z.mixed + at, one, z.oa + at);
-    if (l.gta) matrix_grads(D, z.mixed + at, y.d_oa + at, one, y.own + table, y.other + table);
+    const long at = (long)i * W, table = (3L * N + i) * D;
+    rotate<true>(l, 3, i, d_oa + at, one, y.dout + (long)i * row);
+    rotate<false>(l, 3, i, mixed + at, one, oa + at);
+    if (l.gta) matrix_grads(D, mixed + at, d_oa + at, one, y.own + table, y.other + table);
   }
   pack_transposed(y.dout, row, row, N, y.doutp);
   for (int i = 0; i < N; i += R) {
@@ -111,25 +112,23 @@ template <class E> void attention_back(const Layer& l, int h, Scratch<E>& z, Bac
   }
 }
 
-// d_heads of one head -> its part of d_qkv; adds to the sums of GTA and of the bias.
-template <class E> void heads_back(const Layer& l, int h, Scratch<E>& z, BackScratch<E>& y) {
-  const int N = l.N, C = l.C, D = C / l.H;
+// d_heads of one head -> its part of d_qkv; adds to the sums of GTA and of the bias. qkv, d_qkv and d_bias point at the
+// head in its group.
+template <class E> void heads_back(const Layer& l, BackScratch<E>& y, const E* qkv, E* d_qkv, float* d_bias) {
+  const int N = l.N, D = l.head(), W = l.group();
   // s is in base 2 and q carries the scale: d q = ds k / sqrt(D), d k = ds^T q ln 2
   const float factors[3] = {1.f / std::sqrt((float)D), 0.6931471805599453f, 1.f};
   for (int which = 0; which < 3; which++) {
     const vec factor = splat(factors[which]);
-    const int column = which * C + h * D;
     vec bias[32];
     for (int e = 0; e < D; e += 16) bias[e / 16] = splat(0.f);
     for (int i = 0; i < N; i++) {
-      const long table = ((long)which * N + i) * D;
-      E* out = y.d_qkv + (long)i * y.stride + column;
-      rotate<true>(l, which, i, y.d_heads + table, factor, out);
-      if (l.gta)
-        matrix_grads(D, z.qkv + (long)i * 3 * C + column, y.d_heads + table, factor, y.own + table, y.other + table);
-      for (int e = 0; e < D; e += 16) bias[e / 16] = add(bias[e / 16], load(out + e));
+      const long table = ((long)which * N + i) * D, at = 3L * i * W + which * W;
+      rotate<true>(l, which, i, y.d_heads + table, factor, d_qkv + at);
+      if (l.gta) matrix_grads(D, qkv + at, y.d_heads + table, factor, y.own + table, y.other + table);
+      for (int e = 0; e < D; e += 16) bias[e / 16] = add(bias[e / 16], load(d_qkv + at + e));
     }
-    float* sum = y.b_qkv + which * C + h * D;
+    float* sum = d_bias + which * W;
     for (int e = 0; e < D; e += 16) store(sum + e, add(load(sum + e), bias[e / 16]));
   }
 }
@@ -138,7 +137,7 @@ template <class E> void heads_back(const Layer& l, int h, Scratch<E>& z, BackScr
 template <class E>
 void backward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, BackScratch<E>& y, const float* x, float* grad,
                     float* d_c, double& d_gamma) {
-  const int N = l.N, C = l.C;
+  const int N = l.N, C = l.C, D = l.head(), W = l.group();
   for (int i = 0; i < N; i++) {
     const long at = (long)i * C;
     if (i >= l.valid) {
@@ -157,14 +156,20 @@ void backward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, BackScra
     if (!d_c) continue;
     for (int e = 0; e < C; e += 16) store(d_c + at + e, add(load(d_c + at + e), load(y.ds + at + e)));
   }
-  product(N, C, C, operand(y.ds, (long)N * C, y.dsa), C, w.out_back.data(), y.d_oa, C);
-  for (int h = 0; h < l.H; h++) {
-    attention_back(l, h, z, y);
-    heads_back(l, h, z, y);
+  const E* ds = operand(y.ds, (long)N * C, y.dsa);
+  pack(ds, C, N, C, y.dsp);
+  pack(x, C, N, C, y.xp);
+  for (int g = 0; g < C / W; g++) {
+    const E *qkv = z.qkv + 3L * g * N * W, *mixed = z.mixed + (long)g * N * W;
+    product(N, W, C, ds, C, w.out_back.data() + (long)g * W * C, y.d_oa, W);
+    for (int e = 0; e < W; e += D) {
+      attention_back(l, (g * W + e) / D, z, y, qkv + e, mixed + e, y.d_oa + e, y.oa + e);
+      heads_back(l, y, qkv + e, y.d_qkv + e, y.b_qkv + 3 * g * W + e);
+    }
+    product(N, C, 3 * W, y.d_qkv, 3 * W, w.qkv_back.data() + 3L * g * W * C, grad, C, OUT);
+    weight_grads(N, y.d_qkv, 3 * W, 3 * W, y.xp, C, y.turned, y.w_qkv + 3L * g * W * C);
+    weight_grads(N, y.oa, W, W, y.dsp, C, y.turned, y.w_out + (long)g * W * C);
   }
-  weight_grads(N, y.ds, C, C, z.oa, C, y.dsp, y.turned, y.w_out);
-  weight_grads(N, y.d_qkv, y.stride, 3 * C, x, C, y.d_qkv_p, y.turned, y.w_qkv);
-  product(N, C, 3 * C, y.d_qkv, y.stride, w.qkv_back.data(), grad, C, OUT);
 }
 
 }  // namespace

@@ -11,9 +11,11 @@ namespace {
 template <class E> struct Scratch {
   E *xa, *qkv, *mixed, *drive, *q, *k, *v, *qp, *values, *p, *oa;
   float *rows, *s, *lse, *o, *turned;
+  long qkv_group;  // distance of two groups of qkv: none where no backward follows
   Scratch(const Layer& l) {
     const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
-    xa = arena.take<E>(ROWS * C);
+    xa = arena.take<E>(sizeof(E) == 4 ? 0 : N * C);
+    qkv_group = l.keep ? N * 3 * l.group() : 0;
     qkv = arena.take<E>(N * 3 * C);
     drive = arena.take<E>(N * C);
     q = arena.take<E>(N * row);
@@ -33,19 +35,19 @@ template <class E> struct Scratch {
   }
   static size_t bytes(const Layer& l) {
     const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
-    return sizeof(E) * (ROWS * C + N * (6 * C + 4 * row + D + R)) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
+    return sizeof(E) * N * (7 * C + 4 * row + D + R) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
   }
 };
 
-// Rotated queries (scaled, base 2), keys and values of one head.
-template <class E> void rotated_heads(const Layer& l, int h, const E* qkv, E* q, E* k, E* v) {
-  const int N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
+// Rotated queries (scaled, base 2), keys and values of one head of a group.
+template <class E> void rotated_heads(const Layer& l, const E* qkv, E* q, E* k, E* v) {
+  const int N = l.N, D = l.head(), W = l.group(), row = head_row<E>(D);
   const float scale = 1.4426950408889634f / std::sqrt((float)D);
   E* out[3] = {q, k, v};
   for (int which = 0; which < 3; which++) {
     const vec factor = splat(which ? 1.f : scale);
-    const E* u = qkv + which * C + h * D;
-    for (int i = 0; i < N; i++, u += 3 * C) rotate<false>(l, which, i, u, factor, out[which] + (long)i * row);
+    const E* u = qkv + which * W;
+    for (int i = 0; i < N; i++, u += 3 * W) rotate<false>(l, which, i, u, factor, out[which] + (long)i * row);
   }
 }
 
@@ -108,31 +110,36 @@ template <class E> void softmax(const Layer& l, float* s, E* p, float* inverse, 
 // The part of image b of something [B, N, C], which may be missing.
 template <class T> T* of_image(const Layer& l, T* all, long b) { return all ? all + b * l.N * l.C : nullptr; }
 
+// Attention of one head from its queries, keys and values in qkv -> mixed and, turned by the output's matrices, oa.
+template <class E> void attend(const Layer& l, int h, Scratch<E>& z, const E* qkv, E* mixed) {
+  const int N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
+  rotated_heads(l, qkv, z.q, z.k, z.v);
+  pack_transposed(z.q, row, row, N, z.qp);
+  mixable(l, z.v, z.values);
+  for (int i = 0; i < N; i += R) {
+    product(N, R, row, z.k, row, z.qp + (long)i * row, z.s, R);
+    alignas(64) float inverse[R];
+    softmax(l, z.s, z.p, inverse, z.lse + h * N + i);
+    mix(l, z.p, z.values, z.turned, z.o);
+    for (int r = 0; r < R; r++) {
+      const vec share = splat(inverse[r]);
+      for (int e = 0; e < D; e += 16) store(mixed + (long)(i + r) * W + e, mul(share, load(z.o + r * D + e)));
+      rotate<false>(l, 3, i + r, z.o + r * D, share, z.oa + (long)(i + r) * C + h * D);
+    }
+  }
+}
+
 // One step of one image under c (or none): x -> next; leaves qkv, mixed, drive and lse where the scratch points.
 template <class E>
 void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const float* x, const float* c, float* next) {
-  const int N = l.N, C = l.C, H = l.H, D = C / H, row = head_row<E>(D);
-  for (int i = 0; i < N; i += ROWS) {
-    const int count = std::min(ROWS, N - i);
-    product(count, 3 * C, C, operand(x + (long)i * C, (long)count * C, z.xa), C, w.qkv.data(), z.qkv + (long)i * 3 * C,
-            3 * C, BIAS, l.b_qkv);
-  }
-  for (int h = 0; h < H; h++) {
-    rotated_heads(l, h, z.qkv, z.q, z.k, z.v);
-    pack_transposed(z.q, row, row, N, z.qp);
-    mixable(l, z.v, z.values);
-    for (int i = 0; i < N; i += R) {
-      product(N, R, row, z.k, row, z.qp + (long)i * row, z.s, R);
-      alignas(64) float inverse[R];
-      softmax(l, z.s, z.p, inverse, z.lse + h * N + i);
-      mix(l, z.p, z.values, z.turned, z.o);
-      for (int r = 0; r < R; r++) {
-        const long at = (long)(i + r) * C + h * D;
-        const vec share = splat(inverse[r]);
-        for (int e = 0; e < D; e += 16) store(z.mixed + at + e, mul(share, load(z.o + r * D + e)));
-        rotate<false>(l, 3, i + r, z.o + r * D, share, z.oa + at);
-      }
-    }
+  const int N = l.N, C = l.C, D = l.head(), W = l.group();
+  const E* xa = operand(x, (long)N * C, z.xa);
+  for (int g = 0; g < C / W; g++) {
+    E *qkv = z.qkv + g * z.qkv_group, *mixed = z.mixed + (long)g * N * W;
+    for (int i = 0; i < N; i += ROWS)
+      product(std::min(ROWS, N - i), 3 * W, C, xa + (long)i * C, C, w.qkv.data() + 3L * g * W * C, qkv + (long)i * 3 * W,
+              3 * W, BIAS, w.bias.data() + 3 * g * W);
+    for (int e = 0; e < W; e += D) attend(l, (g * W + e) / D, z, qkv + e, mixed + e);
   }
   for (int i = 0; i < N; i += ROWS) {
     const int count = std::min(ROWS, N - i);

@@ -3,6 +3,10 @@
 // Legend: B images, N tokens (a multiple of 32, the first `valid` of them real), C channels, n components (at most 16),
 // K = C/n oscillators (a multiple of 16), H heads, D = C/H (16, or a multiple of 32 up to 512), E the type of the
 // operands of matrix products (float or bf16). State and sums are fp32.
+//
+// Heads are computed one after the other, or two of 16 channels at once: groups of W = max(D, 32) channels. What belongs to
+// a group lies together, so that it stays in the second-level cache from its projection to its last gradient: beyond that
+// cache even products wait for memory.
 
 #pragma once
 #include <omp.h>
@@ -55,30 +59,42 @@ struct Layer {
   const float* frequency;                      // [n/2, K] or null
   const float* stimulus;                       // [B, N, C], or null for none
   float* states;                               // keep: [steps + 1, B, N, C], first given; else [B, N, C], updated in place
-  void *qkv, *mixed, *drive;                   // kept E: [steps, B, N, 3C], [steps, B, N, C], [steps, B, N, C]; or null
+  void *qkv, *mixed, *drive;                   // kept E: [steps, B, C/W, N, 3W], [steps, B, C/W, N, W], [steps, B, N, C]; or null
   float* lse;                                  // kept: [steps, B, H, N], base 2; or null
   // backward
   float* grad;            // [B, N, C]: in d final state, out d first state
   float *d_stimulus;      // [B, N, C] or null
-  float *d_w_qkv, *d_b_qkv, *d_w_out;  // fp32: [3C, C], [3C], [C, C]; bf16: [C, 3C] and [C, C] transposed
+  float *d_w_qkv, *d_b_qkv, *d_w_out;  // [C/W, 3, W, C], [C/W, 3, W], [C, C] transposed
   float *d_own, *d_other; // [4, N, D]
   float *d_frequency;     // [n/2, K] or null
   double* d_gamma;        // [1]
+
+  int head() const { return C / H; }
+  int group() const { return std::max(head(), 32); }
 };
 
 // Weights as B operands, packed once per call.
 template <class E> struct Weights {
-  std::vector<E> qkv, out, qkv_back, out_back;
+  std::vector<E> qkv, out, qkv_back, out_back;  // qkv: by group
+  std::vector<float> bias;                      // of qkv, by group
   Weights(const Layer& l, bool backward) {
-    const long C = l.C;
+    const long C = l.C, W = l.group();
+    std::vector<float> rows(3 * C * C);
+    bias.resize(3 * C);
+    for (long g = 0; g < C / W; g++)
+      for (long which = 0; which < 3; which++) {
+        const long from = which * C + g * W, to = (g * 3 + which) * W;
+        memcpy(rows.data() + to * C, l.w_qkv + from * C, W * C * sizeof(float));
+        memcpy(bias.data() + to, l.b_qkv + from, W * sizeof(float));
+      }
     qkv.resize(3 * C * C);
     out.resize(C * C);
-    pack_rows(l.w_qkv, C, 3 * C, qkv.data());
+    pack_rows(rows.data(), C, 3 * C, qkv.data());
     pack_rows(l.w_out, C, C, out.data());
     if (!backward) return;
     qkv_back.resize(3 * C * C);
     out_back.resize(C * C);
-    pack(l.w_qkv, C, 3 * C, C, qkv_back.data());
+    for (long g = 0; g < 3 * C * C; g += 3 * W * C) pack(rows.data() + g, C, 3 * W, C, qkv_back.data() + g);
     pack(l.w_out, C, C, C, out_back.data());
   }
   // weight [columns, depth] -> B of its transpose

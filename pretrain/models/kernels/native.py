@@ -190,12 +190,12 @@ class _NativeLayer(torch.autograd.Function):
         layer = _describe(states, inputs, kept, gamma, ctx.plan, ctx.valid, keep=True)
         C = states.shape[-1]
         own, frequency = inputs[5], inputs[7]
-        transposed = ctx.plan.dtype == torch.bfloat16  # see layer.h
+        groups = C // max(C // ctx.plan.num_heads, 32)  # see layer.h
         out: dict[str, Tensor | None] = {
             "grad": grads[0].float().clone(memory_format=torch.contiguous_format),
             "d_stimulus": None if inputs[0] is None else torch.empty_like(states[0]),
-            "d_w_qkv": states.new_zeros((C, 3 * C) if transposed else (3 * C, C)),
-            "d_b_qkv": states.new_zeros(3 * C),
+            "d_w_qkv": states.new_zeros(groups, 3, C // groups, C),
+            "d_b_qkv": states.new_zeros(groups, 3, C // groups),
             "d_w_out": states.new_zeros(C, C),
             "d_own": None if own is None else torch.zeros_like(own),
             "d_other": None if own is None else torch.zeros_like(own),
@@ -204,14 +204,15 @@ class _NativeLayer(torch.autograd.Function):
         }
         point(layer, out)
         call("backward", ctx.plan.dtype, layer)
-        d_c, d_gamma, d_w_qkv, d_w_out = (
-            cast("Tensor", out[f"d_{name}"]) for name in ("stimulus", "gamma", "w_qkv", "w_out")
+        d_c, d_gamma, d_w_qkv, d_b_qkv, d_w_out = (
+            cast("Tensor", out[f"d_{name}"]) for name in ("stimulus", "gamma", "w_qkv", "b_qkv", "w_out")
         )
         # The bias of the output projection enters every step as c does.
         d_b_out = (grads[0].float() if d_c is None else d_c).sum((0, 1))
-        if transposed:
-            d_w_qkv, d_w_out = d_w_qkv.T, d_w_out.T
-        weights = (d_w_qkv, out["d_b_qkv"], d_w_out, d_b_out)
+        d_w_qkv, d_b_qkv = (
+            by_group.transpose(0, 1).reshape(3 * C, *by_group.shape[3:]) for by_group in (d_w_qkv, d_b_qkv)
+        )
+        weights = (d_w_qkv, d_b_qkv, d_w_out.T, d_b_out)
         tables = (out["d_own"], out["d_other"], out["d_frequency"])
         return (out["grad"], d_c, *weights, *tables, d_gamma.reshape(gamma.shape).float(), None, None)
 

@@ -102,6 +102,19 @@ inline void float_product(int M, int columns, int depth, const float* A, long ld
                           long ldo, Start start, const float* bias) {
   const long row = TURNED ? 1 : lda;
   int j = 0;
+  for (; j + 64 <= columns; j += 64) {
+    const float* b = B + j / 16 * panel;
+    for (int i = 0; i < M;) {
+      const int rest = M - i;  // a multiple of 4, or of 16 less sixes
+      if (rest == 4 || rest == 8) {
+        block_product<4, 4, TURNED>(depth, A + i * row, lda, b, panel, out + i * ldo + j, ldo, start, bias + j);
+        i += 4;
+      } else {
+        block_product<6, 4, TURNED>(depth, A + i * row, lda, b, panel, out + i * ldo + j, ldo, start, bias + j);
+        i += 6;
+      }
+    }
+  }
   for (; j + 32 <= columns; j += 32)
     for (int i = 0; i < M; i += 8)
       block_product<8, 2, TURNED>(depth, A + i * row, lda, B + j / 16 * panel, panel, out + i * ldo + j, ldo, start,
@@ -227,20 +240,15 @@ inline void configure() {}
 inline void release() {}
 #endif
 
-// total [rows, columns] += a' b with a [N, rows], b [N, columns]; in bf16 into the transpose, [columns, rows].
-inline void weight_grads(int N, const float* a, long lda, int rows, const float* b, int columns, float* packed, float*,
-                         float* total) {
-  pack(b, columns, N, columns, packed);
-  for (int k = 0; k < N; k += 32)  // few rows of a at a time, each on a page of its own: they stay in cache
-    product_turned(rows, columns, 32, a + k * lda, lda, packed + k * 16, N * 16L, total, columns, OUT);
+// total [rows, columns] += a' b with a [N, rows], and b [N, columns] as B operand.
+inline void weight_grads(int N, const float* a, long lda, int rows, const float* b, int columns, float*, float* total) {
+  product_turned(rows, columns, N, a, lda, b, N * 16L, total, columns, OUT);
 }
 #ifdef __AMX_BF16__
-template <class A, class B>
-inline void weight_grads(int N, const A* a, long lda, int rows, const B* b, int columns, bf16* packed, bf16* turned,
-                         float* total) {
-  transpose(b, columns, N, columns, turned, N);
-  pack(a, lda, N, rows, packed);
-  product(columns, rows, N, turned, N, packed, total, rows, OUT);
+template <class A>
+inline void weight_grads(int N, const A* a, long lda, int rows, const bf16* b, int columns, bf16* turned, float* total) {
+  transpose(a, lda, N, rows, turned, N);
+  product(rows, columns, N, turned, N, b, total, columns, OUT);
 }
 #endif
 

@@ -18,7 +18,7 @@ struct Readout {
   float* out;                     // [M, O]
   // backward
   const float* grad;        // [M, O]
-  float *d_x, *d_w, *d_b;   // [M, C]; fp32 [S, C], bf16 [C, S] transposed; [S]
+  float *d_x, *d_w, *d_b;   // [M, C], [S, C], [S]
 };
 
 template <class E> struct ReadoutScratch {
@@ -32,8 +32,8 @@ template <class E> struct ReadoutScratch {
     memset(y, 0, TOKENS * stride * sizeof(float));
     xa = arena.take<E>(TOKENS * C);
     dy = arena.take<E>(TOKENS * stride);
-    packed = arena.take<E>(TOKENS * std::max(C, S));
-    turned = arena.take<E>(TOKENS * C);
+    packed = arena.take<E>(TOKENS * C);
+    turned = arena.take<E>(TOKENS * S);
     const size_t first = arena.used;
     d_w = arena.take<float>(S * C);
     d_b = arena.take<float>(S);
@@ -41,7 +41,7 @@ template <class E> struct ReadoutScratch {
   }
   static size_t bytes(const Readout& l) {
     const long C = l.C, S = l.n * l.O;
-    return sizeof(E) * TOKENS * (2 * C + S + 32 + std::max(C, S)) + 4 * (TOKENS * (S + 32) + S * C + S) + 7 * SLACK;
+    return sizeof(E) * TOKENS * (2 * C + 2 * S + 32) + 4 * (TOKENS * (S + 32) + S * C + S) + 7 * SLACK;
   }
 };
 
@@ -112,7 +112,8 @@ template <class E> void readout_backward(const Readout& l) {
       product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
       for (int r = 0; r < count; r++) norms_back(l, z.y + r * z.stride, l.grad + (i + r) * l.O, z.d_b);
       product(count, C, S, operand(z.y, count * z.stride, z.dy), z.stride, back.data(), l.d_x + i * C, C);
-      weight_grads(count, z.y, z.stride, S, x, C, z.packed, z.turned, z.d_w);
+      pack(x, C, count, C, z.packed);
+      weight_grads(count, z.y, z.stride, S, z.packed, C, z.turned, z.d_w);
     }
     if (sizeof(E) == 2) release();
     const int me = omp_get_thread_num(), all = omp_get_num_threads();

@@ -75,13 +75,11 @@ class _NativeReadout(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, bias = ctx.saved_tensors
         grad = grads[0].float().contiguous()
-        d_x, d_b = torch.empty_like(x), torch.zeros_like(b)
-        transposed = ctx.dtype == torch.bfloat16  # see readout.h
-        d_w = w.new_zeros(w.T.shape if transposed else w.shape)
+        d_x, d_w, d_b = torch.empty_like(x), torch.zeros_like(w), torch.zeros_like(b)
         arguments = _describe([x, w, b, bias], ctx.n)
         point(arguments, {"grad": grad, "d_x": d_x, "d_w": d_w, "d_b": d_b})
         call("readout_backward", ctx.dtype, arguments)
-        return d_x, d_w.T if transposed else d_w, d_b, grad.sum(0), None, None
+        return d_x, d_w, d_b, grad.sum(0), None, None
 
 
 def _describe(inputs: list[Tensor], n: int) -> _Readout:
