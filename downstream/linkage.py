@@ -66,8 +66,8 @@ def average_linkage(features: Tensor, *, threads: int | None = None) -> Dendrogr
     Raises:
         ValueError: a feature is not finite.
     """
-    if not bool(torch.isfinite(features).all()):
-        broken = (~torch.isfinite(features)).flatten(1).any(1).nonzero().flatten().tolist()
+    if not bool(torch.isfinite(features.sum())) and bool((bad := ~torch.isfinite(features)).any()):
+        broken = bad.flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"features of images {broken[:8]} of the batch are not finite: the backbone diverged")
     images, tokens, _ = features.shape
     children = torch.empty(images, tokens - 1, 2, dtype=torch.int32)

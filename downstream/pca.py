@@ -12,7 +12,7 @@ from torch import Tensor
 
 from downstream.eigen import leading
 
-_NUMBERS = 2**25  # features reduced at a time: bounds memory
+_NUMBERS = 2**21  # features reduced at a time: bounds memory, which is then used again and again
 
 
 def pca(features: Tensor, components: int) -> Tensor:
