@@ -98,8 +98,9 @@ def compare(size: int, images: int, rounds: int, precision: str, folder: Path) -
         seconds += middle - begin, time.perf_counter() - middle
     equal = np.isclose(mine, theirs, atol=1e-6, equal_nan=True).mean()
     print(
-        f"{size} px, C {arguments['ch']}, {images} images, {precision}: published way {seconds[1] / rounds:.2f} s, ours "
-        f"{seconds[0] / rounds:.2f} s, ratio {seconds[1] / seconds[0]:.1f}; equal FG-ARI in {equal:.1%} of images, "
+        f"{size} px, C {arguments['ch']}, {images} images, {precision}: published way {seconds[1] / rounds:.2f} s, "
+        f"ours {seconds[0] / rounds:.2f} s, ratio {seconds[1] / seconds[0]:.1f}; "
+        f"equal FG-ARI in {equal:.1%} of images, "
         f"means {np.nanmean(theirs):.4f} and {np.nanmean(mine):.4f}",
         flush=True,
     )
