@@ -13,6 +13,8 @@ import numpy as np
 
 Series = tuple[Sequence[float], Sequence[float]]  # x, y
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
+MARGINS = {"left": 0.16, "right": 0.97, "bottom": 0.17, "top": 0.9}  # the same for all: charts in a grid line up
+FROM_THOUSANDS = 10_000  # x axes that go further count in k and M: longer labels would touch
 MOST_POINTS = 400  # per curve: more are averaged, since no screen shows them
 
 
@@ -36,9 +38,10 @@ def line_chart(
 ) -> str:
     """Curves over a common axis as an SVG element."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=size)
-    axes = figure.subplots()
+    axes = figure.subplots(gridspec_kw=MARGINS)
     for number, (name, (x, y)) in enumerate(curves.items()):
         style = "--" if name in dashed else "-"
         marker = "o" if len(x) < 12 else None
@@ -49,12 +52,14 @@ def line_chart(
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=6)
+    if axes.get_xlim()[1] >= FROM_THOUSANDS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#e3e3e3", linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(curves) > 1:
         axes.legend(fontsize=7.5, frameon=False)
-    figure.tight_layout(pad=0.6)
     return _svg(figure, title)
 
 

@@ -28,6 +28,8 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; } tr
 figure { margin: 0.8rem 0; } figure img { max-width: 100%; height: auto; }
 pre { background: var(--tint); padding: 0.8rem; border-radius: 8px; overflow-x: auto; font-size: 12.5px; }
 details { margin: 0.6rem 0; } summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 34rem) { body { padding: 0.8rem; } th, td { padding: 0.25rem 0.35rem; font-size: 0.85rem; }
+  th:first-child, td:first-child { white-space: normal; } }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } h2 { break-after: avoid; }
   figure, .tile, tr, .charts > div { break-inside: avoid; } details > *:not(summary) { display: block; } }
 """
