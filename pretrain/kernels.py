@@ -32,8 +32,9 @@ Layer = KuramotoLayer | AttentionCoupling
 # {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
 Row = dict[str, Any]
 RECORD = "kernels.json"
-BATCH = {"cpu": 16, "cuda": 64}
+BATCH = {"cpu": 4, "cuda": 64}
 REPEATS = 3
+PATIENCE_MS = 300  # calls that take as long are not repeated: they would delay every start
 
 
 def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path) -> list[Row]:
@@ -174,6 +175,8 @@ def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: t
         torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
         _wait(device)
         times.append((time.perf_counter() - start) * 1000)
+        if sum(times[1:]) > PATIENCE_MS:
+            break
     layer.kernel = coupling.kernel = before
     return round(min(times[1:]), 3)
 
