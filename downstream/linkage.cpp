@@ -36,6 +36,7 @@ constexpr Index kPanel = 64;     // tokens that stay in the second cache while a
 Index round_up(Index value, Index multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 using Vector = double __attribute__((vector_size(kTile * sizeof(double)), aligned(8)));
+using Column = float __attribute__((vector_size(kTile * sizeof(float)), aligned(4)));  // of a tile
 
 // Inner products of a tile of tokens [channels, kTile] with two others. Written with vectors, since compilers do not
 // find the 16 accumulators by themselves. Every pair is summed in the same order: equal tokens lie at exactly 0.
@@ -124,6 +125,7 @@ class Clusters {
         packed[t / kTile * tile + c * kTile + t % kTile] = features[t * channels + c] - mean[c];
     std::vector<double> norm(round_up(n, 2 * kTile));
     double pairs[kTile][2 * kTile];
+    float near[kTile][2 * kTile];
     for (Index t = 0; t < n; t += kTile) {
       const double* own = packed.data() + t / kTile * tile;
       products(own, own, own, channels, pairs);
@@ -136,11 +138,12 @@ class Clusters {
           products(packed.data() + i0 / kTile * tile, columns, columns + tile, channels, pairs);
           for (Index i = 0; i < kTile; ++i)
             for (Index j = 0; j < 2 * kTile; ++j)
-              pairs[i][j] = std::sqrt(std::max(norm[i0 + i] + norm[j0 + j] - 2 * pairs[i][j], 0.0));
+              near[i][j] = std::sqrt(float(std::max(norm[i0 + i] + norm[j0 + j] - 2 * pairs[i][j], 0.0)));
           for (Index i = 0; i < std::min(kTile, n - i0); ++i)
-            std::copy(pairs[i], pairs[i] + 2 * kTile, matrix_ + (i0 + i) * stride_ + j0);
+            std::copy(near[i], near[i] + 2 * kTile, matrix_ + (i0 + i) * stride_ + j0);
           for (Index j = 0; j < std::min(2 * kTile, n - j0); ++j)
-            for (Index i = 0; i < kTile; ++i) matrix_[(j0 + j) * stride_ + i0 + i] = pairs[i][j];
+            *reinterpret_cast<Column*>(matrix_ + (j0 + j) * stride_ + i0) =
+                Column{near[0][j], near[1][j], near[2][j], near[3][j], near[4][j], near[5][j], near[6][j], near[7][j]};
         }
     columns_ = next_ = round_up(n, kLine);
     for (Index i = 0; i < n; ++i) {
