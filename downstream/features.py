@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,9 @@ def extract(
         _create(folder, len(samples), len(blocks), {kind: rows.shape[1] for kind, rows in first.items()}, description)
     results.wait_for((folder / "columns.json").exists, 600, f"the table of features in {folder}")
     rows, done = _opened(folder)
-    for block in range(rank, len(blocks), world_size):
-        if done[block]:
-            continue
-        found = compute(samples.images(blocks[block], resize=resize, size=size), list(blocks[block]))
+    missing = [block for block in range(rank, len(blocks), world_size) if not done[block]]
+    for block, images in _read_ahead(missing, lambda block: samples.images(blocks[block], resize=resize, size=size)):
+        found = compute(images, list(blocks[block]))
         rows[blocks[block].start : blocks[block].stop] = torch.cat(list(found.values()), dim=1).cpu().numpy()
         rows.flush()
         done[block] = 1
@@ -103,6 +103,15 @@ def extract(
     return Table(
         rows, {k: (a, b) for k, (a, b) in json.loads((folder / "columns.json").read_text())["columns"].items()}
     )
+
+
+def _read_ahead(blocks: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Blocks and their images; the next are read and decoded while the caller computes."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = [reader.submit(read, block) for block in blocks[:1]]
+        for place, block in enumerate(blocks):
+            reading += [reader.submit(read, following) for following in blocks[place + 1 : place + 2]]
+            yield block, reading.pop(0).result()
 
 
 def _create(folder: Path, count: int, blocks: int, widths: dict[str, int], description: dict[str, Any]) -> None:
