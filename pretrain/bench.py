@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 def measure(config: PretrainConfig, *, against: str | None, rounds: int) -> dict[str, Any]:
     """All figures of one rank (collective); see docs/benchmarks.md for what they mean."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the launcher does, before torch reads it
     import torch
 
     from pretrain import distributed, timing, workloads
