@@ -21,13 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "-1",
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
+SETTINGS = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
 if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in SETTINGS.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})  # read when a process starts
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
