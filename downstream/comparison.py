@@ -70,11 +70,9 @@ def _read(run: Path) -> dict[str, Any]:
     for path in sorted({*run.glob("downstream/*/results.json"), *run.glob("results.json")}):
         result = json.loads(path.read_text())
         suffix = "" if path.parent.name in (result["task"], run.name) else f", {path.parent.name}"
-        scored = dict(_scores(result))
-        for place, (name, columns) in enumerate(scored.items()):
-            into = (
-                scores if place == 0 else beside.setdefault(name.replace(f"{run.resolve().name} ", "").strip("()"), {})
-            )
+        for place, (name, columns) in enumerate(_scores(result)):
+            control = name.removeprefix(f"{run.resolve().name} ").strip("()")  # "RUN (random)" -> "random"
+            into = scores if place == 0 else beside.setdefault(control, {})
             into |= {column + suffix: value for column, value in columns.items()}
         if result["task"] == "object_discovery" and not suffix:
             images = result["models"][0]["scores"]["fg_ari"].get("images", [])
@@ -92,7 +90,8 @@ def _scores(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
             yield one["name"], {"FG-ARI": one["scores"]["fg_ari"]["mean"], "MBO": one["scores"]["mbo_i"]["mean"]}
         elif result["task"] == "linear_probe":
             shots = {f"linear, {share} of labels": probe["top1"] for share, probe in one.get("low_shot", {}).items()}
-            yield one["name"], {"linear": one["linear"]["top1"], **shots, "20-NN": one["knn"]["20"]["top1"]}
+            nearest = {"20-NN": one["knn"]["20"]["top1"]} if "20" in one["knn"] else {}
+            yield one["name"], {"linear": one["linear"]["top1"], **shots, **nearest}
 
 
 def _row(name: str, repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str
 def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device) -> float:
     """Milliseconds of forward and backward of a small batch: the best of a few, after a warm-up (device syncs)."""
     generator = torch.Generator().manual_seed(0)
-    shape = (BATCH[device.type], grid[0] * grid[1], layer.dim)
+    images = max(BATCH[device.type], torch.get_num_threads())  # an image a thread: no core idles in the native kernel
+    shape = (images, grid[0] * grid[1], layer.dim)
     x, c = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2))
     parameters = [x, c, *(p for p in layer.parameters() if p.requires_grad)]
     coupling, before = _coupling(layer), layer.kernel
