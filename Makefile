@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCENES := data/tetrominoes
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check test-all test-slurm test-slurm-short clean
+.PHONY: help install quickstart test check test-all test-gpu test-slurm test-slurm-short clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -29,7 +29,10 @@ check: install  ## style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test-all: install  ## the slow tests as well
-	@$(BIN)/python -m pytest -m 'not slurm'
+	@$(BIN)/python -m pytest -m 'not slurm and not gpu'
+
+test-gpu: install  ## the tests of what runs on a GPU; skipped with a reason where there is none
+	@$(BIN)/python -m pytest -rs -m gpu tests/test_gpu.py
 
 test-slurm: install  ## everything on a real SLURM of several nodes (Debian, root)
 	@$(BIN)/python -m pytest -rs -m slurm tests/slurm

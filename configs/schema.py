@@ -133,7 +133,7 @@ class Compute(Section):
     micro_batch: PositiveInt | None = Field(None, description="images per process computed at once; none: all")
     compile: bool = Field(True, description="torch.compile by layer; needs a C++ compiler on CPU")
     recompute: bool = Field(False, description="recompute oscillator steps in the backward pass to save memory")
-    kernel: Literal["auto", "plain", "compiled", "native"] = Field(
+    kernel: Literal["auto", "plain", "compiled", "graphed", "native"] = Field(
         "auto", description="way of computing the K-layers; auto: measured at the start, recorded in kernels.json"
     )
 

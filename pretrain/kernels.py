@@ -1,7 +1,8 @@
 """Which way of computing the K-layers is fastest here: measured once, recorded in the run, used again on resume.
 
     plain     PyTorch's own operations (kuramoto.py), on every device
-    compiled  the same, fused by torch.compile step by step
+    compiled  the same, fused by torch.compile: all steps of a layer as one (one by one where they are recomputed)
+    graphed   the same, launched as CUDA graphs: small models wait for launches and little else
     native    klayer.cpp, on CPUs with AVX-512 (bf16: AMX): all steps of an AKOrN in one call; of ItrSA and of what
               the kernel knows no update for the attention of a step. The readouts go with their layers
 
@@ -32,16 +33,17 @@ Layer = KuramotoLayer | AttentionCoupling
 # {"layer", "dtype", "device": what it holds for; "kernel"; "ms": {kernel: milliseconds forward and backward}; "note"}
 Row = dict[str, Any]
 RECORD = "kernels.json"
-BATCH = {"cpu": 4, "cuda": 64}
-REPEATS = 3
-PATIENCE_MS = 300  # calls that take as long are not repeated: they would delay every start
+BATCH = 4  # or an image a thread: no core idles in the native kernel
+WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is compiled, run, recorded, and only then replayed
+REPEATS = 10
+PATIENCE_MS = 300  # calls that took as long together are not repeated: they would delay every start
 
 
-def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path) -> list[Row]:
+def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path, *, images: int) -> list[Row]:
     """Choose (or take from `run_dir`), record, and set on the layers of a backbone; the rows of the table.
 
-    Collective: every rank calls it, after the backbone is on its device. Layers of models that are not ours are
-    compiled by torch on GPUs and left alone on CPUs.
+    Collective: every rank calls it, after the backbone is on its device. `images` (views) go through at once. Layers of
+    models that are not ours are compiled by torch on GPUs and left alone on CPUs.
     """
     model: Any = backbone
     if compute.recompute:
@@ -49,7 +51,7 @@ def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path) -
     rows: list[Row] = []
     if ranks.first:
         record = run_dir / RECORD
-        rows = choose(backbone, compute, ranks.device, recorded=read(record))
+        rows = choose(backbone, compute, ranks.device, images=images, recorded=read(record))
         if rows:
             partial = record.with_suffix(".partial")
             partial.write_text(json.dumps(rows, indent=1) + "\n")
@@ -76,7 +78,9 @@ def fastest(backbone: nn.Module) -> None:
             module.kernel = "native"
 
 
-def choose(backbone: nn.Module, compute: Compute, device: torch.device, *, recorded: Sequence[Row] = ()) -> list[Row]:
+def choose(
+    backbone: nn.Module, compute: Compute, device: torch.device, *, images: int = 64, recorded: Sequence[Row] = ()
+) -> list[Row]:
     """One row per kind of layer. Kinds in `recorded` are not measured again while their kernel can still run."""
     if compute.kernel not in ("auto", *KERNELS):
         raise UserError(f"compute.kernel={compute.kernel}: choose one of auto, {', '.join(KERNELS)}")
@@ -95,8 +99,11 @@ def choose(backbone: nn.Module, compute: Compute, device: torch.device, *, recor
         elif earlier is not None and earlier["kernel"] in candidates:
             row |= {"kernel": earlier["kernel"], "ms": earlier["ms"]}
         elif len(candidates) > 1:
-            row["ms"] = {name: measure(layer, name, grid, dtype, device) for name in candidates}
-            row["kernel"] = min(candidates, key=row["ms"].__getitem__)
+            # On CUDA code is compiled for the size of the batch, once; on the CPU a few images tell.
+            size = images if device.type == "cuda" else max(BATCH, torch.get_num_threads())
+            worth = [name for name in candidates if name != "compiled" or "graphed" not in candidates]
+            row["ms"] = {name: measure(layer, name, grid, dtype, device, size) for name in worth}
+            row["kernel"] = min(worth, key=row["ms"].__getitem__)
         rows.append(row)
     return rows
 
@@ -145,11 +152,20 @@ def available(layer: Layer, compute: Compute, dtype: torch.dtype, device: torch.
                 return ["plain", "native"], ""
         if isinstance(_coupling(layer), AttentionCoupling):
             note = build.library().reason
-    if compute.compile and (device.type == "cuda" or find_compiler() is not None):
+    if isinstance(layer, AttentionCoupling):
+        return names, note
+    if compute.compile and find_compiler() is not None:
         names.append("compiled")
+        if device.type == "cuda" and _keeps_addresses(compute):
+            names.append("graphed")
     elif compute.compile and not note:
         note = "no C++ compiler found: torch.compile is left out, steps are slower"
     return names, note
+
+
+def _keeps_addresses(compute: Compute) -> bool:
+    """CUDA graphs read parameters where they were recorded, and keep gradients only until the next forward."""
+    return compute.zero_stage < 3 and compute.micro_batch is None and not compute.recompute
 
 
 def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str:
@@ -158,17 +174,16 @@ def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str
     raise UserError(f"compute.kernel={kernel}: {note or f'it does not take {kind}'}; set compute.kernel=auto")
 
 
-def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device) -> float:
-    """Milliseconds of forward and backward of a small batch: the best of a few, after a warm-up (device syncs)."""
+def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: torch.device, images: int) -> float:
+    """Milliseconds of forward and backward: the best of a few, after warming up (device syncs)."""
     generator = torch.Generator().manual_seed(0)
-    images = max(BATCH[device.type], torch.get_num_threads())  # an image a thread: no core idles in the native kernel
     shape = (images, grid[0] * grid[1], layer.dim)
     x, c = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2))
     parameters = [x, c, *(p for p in layer.parameters() if p.requires_grad)]
     coupling, before = _coupling(layer), layer.kernel
     layer.kernel = coupling.kernel = kernel
     times = []
-    for _ in range(REPEATS + 1):
+    for _ in range(WARM_UP[device.type] + REPEATS):
         _wait(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -176,10 +191,10 @@ def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: t
         torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
         _wait(device)
         times.append((time.perf_counter() - start) * 1000)
-        if sum(times[1:]) > PATIENCE_MS:
+        if sum(times[WARM_UP[device.type] :]) > PATIENCE_MS:
             break
     layer.kernel = coupling.kernel = before
-    return round(min(times[1:]), 3)
+    return round(min(times[WARM_UP[device.type] :]), 3)
 
 
 def _wait(device: torch.device) -> None:

@@ -183,7 +183,14 @@ def _check_norms(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Non
 def _prepare(task: Task, config: PretrainConfig, ranks: Ranks, run_dir: Path) -> list[kernels.Row]:
     """Put the task on its device and choose how its backbone computes (collective)."""
     task.module.to(ranks.device)
-    return kernels.set_up(task.backbone, config.compute, ranks, run_dir)
+    share = config.batch_size // ranks.world_size
+    images = min(share, config.compute.micro_batch or share) * views_of(config)
+    return kernels.set_up(task.backbone, config.compute, ranks, run_dir, images=images)
+
+
+def views_of(config: PretrainConfig) -> int:
+    """Views of a sample that go through the model."""
+    return 2 if config.task.name == "simclr" else 1
 
 
 def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks) -> Any:
@@ -219,7 +226,7 @@ def _make_monitor(
             sinks.append(TensorBoard(run_dir / "tensorboard", start))
         if config.monitor.wandb is not None:
             sinks.append(WeightsAndBiases(config.monitor.wandb, config.name, run_dir, config.model_dump(mode="json")))
-    views = config.batch_size * (2 if config.task.name == "simclr" else 1)
+    views = config.batch_size * views_of(config)
     monitor = Monitor(config.monitor, ranks, metrics=metrics, observed=observed, sinks=sinks, views=views)
     stack.callback(monitor.close)
     return monitor

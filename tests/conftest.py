@@ -1,7 +1,11 @@
-"""Settings of all tests: property tests have no deadline, since machines that run tests are busy."""
+"""Settings of all tests: property tests have no deadline, since machines that run tests are busy.
+
+Tests are the same on every machine: they see no GPU, but for those marked `gpu`, which run by themselves.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +13,11 @@ from hypothesis import settings
 
 settings.register_profile("akorn", deadline=None)
 settings.load_profile("akorn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_measured_choice_is_recorded_and_used_again(
 ) -> None:
     ranks = SimpleNamespace(first=True, device=CPU, world_size=1, rank=0)
     state = torch.random.get_rng_state()
-    rows = kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path)
+    rows = kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path, images=8)
     assert torch.equal(state, torch.random.get_rng_state())
     assert set(rows[0]["ms"]) == {"plain", "native"}
     assert [layer.kernel for layer in kernels.layers_of(model)] == [rows[0]["kernel"]]
@@ -43,7 +43,7 @@ def test_measured_choice_is_recorded_and_used_again(
     rows[0]["kernel"] = "plain"
     (tmp_path / "kernels.json").write_text(json.dumps(rows))
     monkeypatch.setattr(kernels, "measure", None)  # a resume measures nothing
-    assert kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path) == rows
+    assert kernels.set_up(model, Compute(precision="fp32", compile=False), ranks, tmp_path, images=8) == rows
     assert [layer.kernel for layer in kernels.layers_of(model)] == ["plain"]
 
 

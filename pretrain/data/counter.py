@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.fusing import fused_on_gpu
+
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -105,21 +107,22 @@ def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     log, sin and cos; |value| < 5.9.
     """
     count = math.prod(shape)
-    values = torch.empty(len(keys), count, device=keys.device)
-    half = (count + 1) // 2
-    steps = torch.arange(1, half + 1, device=keys.device) * signed(GAMMA)
-    rows = max(1, BLOCK // max(1, count)) if keys.device.type == "cpu" else max(1, len(keys))
+    # 64-bit numbers that torch.compile would take for indices, and hold in 32 bits, inside a fused function.
+    steps = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * signed(GAMMA)
+    if keys.device.type != "cpu":
+        return _normal(keys, steps, count).view(len(keys), *shape)
+    rows = max(1, BLOCK // max(1, count))
+    values = torch.empty(len(keys), count)
     for first in range(0, len(keys), rows):
-        _box_muller(keys[first : first + rows, None] + steps, values[first : first + rows])
+        values[first : first + rows] = _normal(keys[first : first + rows], steps, count)
     return values.view(len(keys), *shape)
 
 
-def _box_muller(counters: Tensor, out: Tensor) -> None:
-    """int64 counters [B, ceil(count / 2)] (overwritten) -> normal numbers in `out` [B, count]."""
-    bits = mix_tensor(counters)
-    half = bits.shape[1]
+@fused_on_gpu
+def _normal(keys: Tensor, steps: Tensor, count: int) -> Tensor:
+    """int64 keys [B] and the steps of their counters [ceil(count / 2)] -> normal numbers [B, count]."""
+    bits = mix_tensor(keys[:, None] + steps)
     angle = (bits & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-24)
     radius = bits.bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).to(torch.float32)
-    radius.add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    torch.mul(radius, angle.cos(), out=out[:, :half])
-    torch.mul(radius[:, : out.shape[1] - half], angle[:, : out.shape[1] - half].sin_(), out=out[:, half:])
+    radius = radius.add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    return torch.cat([radius * angle.cos(), radius * angle.sin_()], 1)[:, :count]

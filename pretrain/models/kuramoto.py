@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.models.connectivity import Coupling, Grid
 from pretrain.models.kernels import native, readout
 
-KERNELS = ("plain", "compiled", "native")
+KERNELS = ("plain", "compiled", "graphed", "native")
 NORMS = ("sphere", "clamp", "rms", "none")
 TINY = 1e-24  # square of the smallest norm that still divides
 
@@ -105,10 +105,26 @@ def coupled_step(
     return kuramoto_step(x, c + coupling(x, grid, positions), gamma, frequency, gain, rule)
 
 
+def coupled_steps(
+    x: Tensor, c: Tensor, coupling: Coupling, grid: Grid, positions: Any, gamma: float | Tensor,
+    frequency: Tensor | None, gain: Tensor | None, rule: StepRule, num_steps: int,
+) -> Tensor:  # fmt: skip
+    """All steps of a layer."""
+    for _ in range(num_steps):
+        x = coupled_step(x, c, coupling, grid, positions, gamma, frequency, gain, rule)
+    return x
+
+
 @functools.cache
 def _compiled_step() -> Callable[..., Tensor]:
     """One graph for all layers and steps of the same shapes."""
     return torch.compile(coupled_step, dynamic=False)
+
+
+@functools.cache
+def _compiled_steps(kernel: str) -> Callable[..., Tensor]:
+    """One graph for all layers of the same shapes; `graphed` launches it as one CUDA graph."""
+    return torch.compile(coupled_steps, dynamic=False, mode="reduce-overhead" if kernel == "graphed" else None)
 
 
 def energy(x: Tensor, y: Tensor) -> Tensor:
@@ -250,7 +266,13 @@ class KuramotoLayer(nn.Module):
         if observe is None and self.kernel == "native" and native.supports(self, x):
             return native.run(self, x, c, grid, steps, gamma, frequency)
         positions = self.coupling.positions(grid)
-        fused = _compiled_step() if observe is None and self.kernel == "compiled" else coupled_step
+        recompute = self.grad_checkpointing and torch.is_grad_enabled() and observe is None
+        compiled = observe is None and self.kernel in ("compiled", "graphed")
+        if compiled and not recompute and steps == self.num_steps:
+            # Without gradients a second graph would write over what the first returned.
+            whole = _compiled_steps(self.kernel if torch.is_grad_enabled() else "compiled")
+            return whole(x, c, self.coupling, grid, positions, gamma, frequency, self.gain, self.rule, steps)
+        fused = _compiled_step() if compiled else coupled_step
 
         def step(x: Tensor, t: int) -> Tensor:
             if observe is None:
@@ -259,7 +281,6 @@ class KuramotoLayer(nn.Module):
             observe(t, x, c, y)
             return kuramoto_step(x, y, gamma, frequency, self.gain, self.rule)
 
-        recompute = self.grad_checkpointing and torch.is_grad_enabled() and observe is None
         for t in range(steps):
             x = checkpoint(step, x, t, use_reentrant=False) if recompute else step(x, t)
         return x

@@ -116,7 +116,7 @@ class KLayer(nn.Module):
         """Returns the final x, x after each step, and the energies [T+1] of [B]."""
         n = self.n
         c, x = self.c_norm(c), unit(x, n)
-        states, energies = [], [torch.zeros(len(x))]
+        states, energies = [], [x.new_zeros(len(x))]
         for _ in range(T):
             y = c + self.connectivity(x)
             inner = (split(x, n) * split(y, n)).sum(2, keepdim=True)  # <x, y> per oscillator
