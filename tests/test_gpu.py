@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Compute, Optimizer, PretrainConfig, Views
+from pretrain import distributed
 from pretrain.data import colour, counter, crop, views
 from pretrain.data.batch import Batch
+from pretrain.distributed import Ranks
 from pretrain.models.akorn import AKOrN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,14 +107,20 @@ def syncs_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """One process group for all tests: DeepSpeed keeps hold of the first."""
+    yield distributed.join(60)
+    distributed.leave()
+
+
 @pytest.mark.parametrize(("kernel", "micro_batch"), [("compiled", 8), ("graphed", None)])
-def test_a_step_waits_for_nothing(kernel: str, micro_batch: int | None) -> None:
-    from pretrain import distributed, kernels
+def test_a_step_waits_for_nothing(ranks: Ranks, kernel: str, micro_batch: int | None) -> None:
+    from pretrain import kernels
     from pretrain.engine import Engine
     from pretrain.microbatch import backward
     from pretrain.tasks import make_task
 
-    ranks = distributed.join(60)
     config = config_of()
     task: Any = make_task(config)
     task.module.to(GPU).train()
@@ -127,13 +135,10 @@ def test_a_step_waits_for_nothing(kernel: str, micro_batch: int | None) -> None:
         backward(engine, task, batch, micro_batch)
         engine.step(1e-3)
 
-    try:
-        for _ in range(4):
-            step()
-        with syncs_forbidden():
-            step()
-    finally:
-        distributed.leave()
+    for _ in range(4):
+        step()
+    with syncs_forbidden():
+        step()
 
 
 def launched(folder: Path, *overrides: str, gpu: bool) -> list[dict[str, Any]]:
