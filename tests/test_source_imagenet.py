@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from source_inputs import request, samples_of
 from test_make_shards import photo
 from test_tar import archive
 
+from configs import LinearProbeConfig, PretrainConfig, load
 from configs.errors import UserError
+from configs.loader import CONFIG_DIR
+from pretrain import make_shards
 from pretrain.data.sources import imagenet
 from pretrain.data.sources.picture import encode_jpeg
 
@@ -93,3 +97,20 @@ def test_imagenet_unpacked(tmp_path: Path, kaggle: bool) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no ImageNet in"):
         imagenet.open_source("imagenet", request(tmp_path / "none", tmp_path))
+
+
+def test_the_flagships_own_command_makes_the_shards_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        for synset, files in synset_images().items():
+            (tmp_path / "imagenet" / split / synset).mkdir(parents=True)
+            for name, content in files.items():
+                (tmp_path / "imagenet" / split / synset / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"make_shards\.py (imagenet .*)", (CONFIG_DIR / "pretrain.yaml").read_text())
+    assert command is not None
+    make_shards.main([*command[1].replace("/datasets/imagenet", "imagenet").split(), "--workers", "1"])
+    config = load("pretrain.yaml")
+    assert isinstance(config, PretrainConfig)
+    probe = next(job for job in config.downstream if isinstance(job, LinearProbeConfig))
+    for place in (config.data.shards, probe.train, probe.data):
+        assert list(Path(str(place)).glob("*.tar")), f"the command writes nothing to {place}"
