@@ -1,0 +1,148 @@
+"""A training moved from 1 to 4 to 2 processes, killed and cut into micro-batches, against one that nothing happened to.
+
+    python tests/benchmarks/invariance.py TRAIN_SHARDS TEST_SHARDS [--runs runs/invariance] [--only NAME] [--out FILE]
+
+All are configs/quickstart.yaml in small (MODEL, fp32, native kernel), started, killed, cancelled and resumed through
+cluster/launch.py:
+
+    undisturbed   one process
+    rounding      one process, micro-batches: nothing happens, only sums are formed in another order
+    disturbed     PHASES: in each, a rank is killed at random moments; between them, `cancel` and `resume` elsewhere
+
+The two undisturbed ones part as well, since a training amplifies rounding: how far is the measure for the disturbed.
+What is finished in the folder of runs is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from configs import ObjectDiscoveryConfig
+from downstream import comparison, object_discovery
+from downstream.results import write_json
+from tests.benchmarks.launched import Run
+
+STEPS, BATCH, KILLS = 2000, 16, 2  # kills per phase
+MODEL = "{embed_dim: 64, num_heads: 4, num_steps: 4}"
+PHASES = {
+    700: ("cluster.processes=1",),
+    1400: ("cluster.processes=4", "compute.micro_batch=2"),
+    STEPS: ("cluster.processes=2", "compute.micro_batch=null", "compute.zero_stage=1"),
+}  # last step of the phase -> what changes
+MARKS = (10, 100, 500, 700, 800, 1000, 1500, 2000)
+TOLERANCES = (1e-5, 1e-3)
+LAST = 200
+NAMES = ("undisturbed", "rounding", "disturbed")
+
+
+def overrides(shards: str) -> list[str]:
+    return [
+        f"steps={STEPS}", f"batch_size={BATCH}", f"model.args={MODEL}", f"data.shards={shards}", "downstream=[]",
+        "compute.precision=fp32", "compute.kernel=native", "checkpoints.save_every=100", "monitor.log_every=1",
+        "loading.workers=1", "cluster.gpus=0", "cluster.cpus_per_process=1",
+    ]  # fmt: skip
+
+
+def train(run: Run, shards: str, *changes: str) -> dict[str, Any]:
+    """A run that nothing happens to."""
+    run.launch("quickstart.yaml", *overrides(shards), *changes)
+    run.finish()
+    return {"kills": 0, "steps_twice": 0}
+
+
+def train_disturbed(run: Run, shards: str, seed: int = 0) -> dict[str, Any]:
+    """A run through PHASES. Returns how often it was killed and what that cost."""
+    chance = random.Random(seed)
+    twice, begin = [], 0
+    for end, changes in PHASES.items():
+        if begin:
+            run.cancel()
+            run.resume(*changes)
+        else:
+            run.launch("quickstart.yaml", *overrides(shards), *changes)
+        for moment in sorted(chance.sample(range(begin + 10, end - 10), KILLS)):
+            run.reach(moment)
+            twice.append(run.kill(chance))
+            print(f"killed at step {moment}, {twice[-1]} steps to be done twice", flush=True)
+        begin = end
+        run.reach(end)
+    run.finish()
+    starts = [{"step": start["step"], "processes": start["world_size"]} for start in run.events("started")]
+    return {"kills": len(twice), "steps_twice": sum(twice), "starts": starts}
+
+
+def compare(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Two curves [steps]: relative differences up to some steps, where they part, and the mean of the end."""
+    assert len(ours) == len(theirs) == STEPS
+    apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "largest": {str(mark): max(apart[:mark]) for mark in MARKS},
+        "steps_within": {
+            str(limit): next((step for step, x in enumerate(apart) if x > limit), STEPS) for limit in (0.0, *TOLERANCES)
+        },
+        "end": statistics.fmean(ours[-LAST:]),
+        "end_difference": statistics.fmean(ours[-LAST:]) / statistics.fmean(theirs[-LAST:]) - 1,
+        "end_step_difference": statistics.fmean(apart[-LAST:]),
+    }
+
+
+def evaluate(run: Run, scenes: str) -> None:
+    """Object discovery of a run's export, by the protocol of Tetrominoes."""
+    controls = ["random"] if run.home.name == NAMES[0] else []
+    asked = {
+        "ckpt": str(run.home), "data": scenes, "preset": "tetrominoes", "controls": controls, "baselines": [],
+        "pictures": 0,
+    }  # fmt: skip
+    object_discovery.run(ObjectDiscoveryConfig.model_validate_json(json.dumps(asked)))
+
+
+def make(run: Run, train_shards: str, test_shards: str) -> dict[str, Any]:
+    """Train and evaluate one of NAMES, unless that has been done. Returns what happened to it, and its curve."""
+    record = run.home / "happened.json"
+    if not record.exists():
+        name = run.home.name
+        rounding = ["compute.micro_batch=4"] if name == "rounding" else []
+        happened = train_disturbed(run, train_shards) if name == "disturbed" else train(run, train_shards, *rounding)
+        evaluate(run, test_shards)
+        write_json(record, happened)
+    return {**json.loads(record.read_text()), "losses": run.metrics("loss")}
+
+
+def markdown(curves: dict[str, dict[str, Any]]) -> str:
+    """Largest relative difference of the loss from the undisturbed run's, up to some steps."""
+    lines = [["largest difference up to step", *map(str, MARKS)], ["---"] * (len(MARKS) + 1)]
+    lines += [[name, *(f"{x:.0e}" for x in curve["largest"].values())] for name, curve in curves.items()]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("train")
+    parser.add_argument("test")
+    parser.add_argument("--runs", type=Path, default=Path("runs/invariance"))
+    parser.add_argument("--only", choices=NAMES, help="make this run, compare nothing")
+    parser.add_argument("--out", type=Path, default=Path("invariance.json"))
+    asked = parser.parse_args()
+    names = NAMES if asked.only is None else (asked.only,)
+    made = {name: make(Run(asked.runs, name), asked.train, asked.test) for name in names}
+    if asked.only is not None:
+        return
+    losses = {name: happened.pop("losses") for name, happened in made.items()}
+    curves = {name: compare(losses[name], losses[NAMES[0]]) for name in NAMES[1:]}
+    scores = comparison.collect([asked.runs / name for name in NAMES])
+    ends = {name: statistics.fmean(curve[-LAST:]) for name, curve in losses.items()}
+    content = {**scores, "happened": made, "curves": curves, "last_losses": ends}
+    asked.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(markdown(curves), comparison.markdown(scores), json.dumps({"happened": made, "curves": curves}), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
