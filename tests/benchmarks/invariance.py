@@ -34,8 +34,8 @@ STEPS, BATCH, KILLS = 2000, 16, 2  # kills per phase
 MODEL = "{embed_dim: 64, num_heads: 4, num_steps: 4}"
 PHASES = {
     700: ("cluster.processes=1",),
-    1400: ("cluster.processes=4", "compute.micro_batch=2"),
-    STEPS: ("cluster.processes=2", "compute.micro_batch=null", "compute.zero_stage=1"),
+    1400: ("cluster.processes=4", "compute.micro_batch=2", "loading.workers=0"),
+    STEPS: ("cluster.processes=2", "compute.micro_batch=null", "compute.zero_stage=1", "loading.workers=1"),
 }  # last step of the phase -> what changes
 MARKS = (10, 100, 500, 700, 800, 1000, 1500, 2000)
 TOLERANCES = (1e-5, 1e-3)

@@ -26,7 +26,7 @@ import pretrain  # noqa: F401  (registers the models)
 from downstream.results import commit
 from tests.benchmarks.launched import Run
 
-STEPS, SIZE, WINDOW = 300, 128, 20
+STEPS, SIZE, WINDOW = 200, 128, 20
 SMALLER = (
     "epochs=null", f"steps={STEPS}", "batch_size=32", "model.args.embed_dim=96", "model.args.num_heads=6",
     "model.args.depth=1", f"model.args.img_size={SIZE}", f"views.size={SIZE}", "schedule.warmup_epochs=0",
