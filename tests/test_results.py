@@ -18,7 +18,7 @@ NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 
 
 def _shares(value: Any) -> Iterator[float]:
-    """Every number of a results file, in percent."""
+    """Every number of a results file in percent, as the file has it (Sudoku, robustness) or a hundred times a share."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _shares(item)
@@ -26,7 +26,7 @@ def _shares(value: Any) -> Iterator[float]:
         for item in value:
             yield from _shares(item)
     elif isinstance(value, float):
-        yield 100 * value
+        yield from (value, 100 * value)
 
 
 def _tables() -> list[tuple[str, str]]:
