@@ -164,8 +164,11 @@ def available(layer: Layer, compute: Compute, dtype: torch.dtype, device: torch.
 
 
 def _keeps_addresses(compute: Compute) -> bool:
-    """CUDA graphs read parameters where they were recorded, and keep gradients only until the next forward."""
-    return compute.zero_stage < 3 and compute.micro_batch is None and not compute.recompute
+    """CUDA graphs read parameters where they were recorded, and keep gradients only until the next forward.
+
+    ZeRO 1 and 2 may keep to that as well; nobody has tried.
+    """
+    return compute.zero_stage == 0 and compute.micro_batch is None and not compute.recompute
 
 
 def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,16 @@ def test_forcing_what_cannot_run_is_a_user_error() -> None:
     conv = timm.create_model("akorn_conv_nano_patch4_32", num_classes=0)
     with pytest.raises(UserError, match=r"compute\.kernel=auto"):
         kernels.choose(conv, Compute(kernel="native"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphed"),
+    [({}, True), ({"micro_batch": 8}, False), ({"recompute": True}, False), ({"zero_stage": 1}, False)],
+)
+def test_graphs_are_offered_where_addresses_stay(model: nn.Module, changes: dict[str, Any], graphed: bool) -> None:
+    (layer,) = kernels.layers_of(model)
+    names, _ = kernels.available(layer, Compute(**changes), torch.float32, torch.device("cuda"))
+    assert names == ["plain", "compiled", *(["graphed"] if graphed else [])]
 
 
 def test_no_compiler_leaves_the_plain_kernel_and_one_line(
