@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configs import ObjectDiscoveryConfig
 from downstream import comparison, object_discovery

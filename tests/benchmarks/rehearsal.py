@@ -26,11 +26,11 @@ import pretrain  # noqa: F401  (registers the models)
 from downstream.results import commit
 from tests.benchmarks.launched import Run
 
-STEPS, SIZE, WINDOW = 200, 128, 20
+STEPS, SIZE, WINDOW = 200, 96, 20
 SMALLER = (
     "epochs=null", f"steps={STEPS}", "batch_size=32", "model.args.embed_dim=96", "model.args.num_heads=6",
     "model.args.depth=1", f"model.args.img_size={SIZE}", f"views.size={SIZE}", "schedule.warmup_epochs=0",
-    "schedule.warmup_steps=10", "compute.micro_batch=8", "checkpoints.save_every=100", "loading.workers=1",
+    "schedule.warmup_steps=10", "checkpoints.save_every=100", "loading.workers=1",
     "cluster.nodes=1", "cluster.processes=2", "cluster.gpus=0", "cluster.cpus_per_process=1", "downstream=[]",
 )  # fmt: skip
 
