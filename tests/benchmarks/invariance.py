@@ -10,7 +10,7 @@ cluster/launch.py:
     disturbed     PHASES: in each, a rank is killed at random moments; between them, `cancel` and `resume` elsewhere
 
 The two undisturbed ones part as well, since a training amplifies rounding: how far is the measure for the disturbed.
-What is finished in the folder of runs is not done again.
+What is done in the folder of runs is not done again.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from cluster.submission import append_line, read_lines
 from configs import ObjectDiscoveryConfig
 from downstream import comparison, object_discovery
 from downstream.results import write_json
 from tests.benchmarks.launched import Run
 
-STEPS, BATCH, KILLS = 2000, 16, 2  # kills per phase
+STEPS, BATCH = 2000, 16
 MODEL = "{embed_dim: 64, num_heads: 4, num_steps: 4}"
-PHASES = {
-    700: ("cluster.processes=1",),
-    1400: ("cluster.processes=4", "compute.micro_batch=2", "loading.workers=0"),
-    STEPS: ("cluster.processes=2", "compute.micro_batch=null", "compute.zero_stage=1", "loading.workers=1"),
-}  # last step of the phase -> what changes
+PHASES = (  # (last step, kills, what changes)
+    (700, 2, ("cluster.processes=1",)),
+    (1400, 1, ("cluster.processes=4", "compute.micro_batch=2", "loading.workers=0")),
+    (STEPS, 1, ("cluster.processes=2", "compute.micro_batch=null", "compute.zero_stage=1", "loading.workers=1")),
+)
 MARKS = (10, 100, 500, 700, 800, 1000, 1500, 2000)
 TOLERANCES = (1e-5, 1e-3)
 LAST = 200
@@ -56,28 +57,28 @@ def train(run: Run, shards: str, *changes: str) -> dict[str, Any]:
     """A run that nothing happens to."""
     run.launch("quickstart.yaml", *overrides(shards), *changes)
     run.finish()
-    return {"kills": 0, "steps_twice": 0}
+    return {"kills": []}
 
 
 def train_disturbed(run: Run, shards: str, seed: int = 0) -> dict[str, Any]:
-    """A run through PHASES. Returns how often it was killed and what that cost."""
+    """A run through PHASES, from where it is. Returns how often it was killed and what that cost."""
     chance = random.Random(seed)
-    twice, begin = [], 0
-    for end, changes in PHASES.items():
-        if begin:
+    log, begin = run.home / "kills.jsonl", 0
+    for phase, (end, kills, changes) in enumerate(PHASES):
+        if begin == 0 and not run.home.exists():
+            run.launch("quickstart.yaml", *overrides(shards), *changes)
+        elif run.processes() != int(changes[0].rpartition("=")[2]) and run.step() < end:
             run.cancel()
             run.resume(*changes)
-        else:
-            run.launch("quickstart.yaml", *overrides(shards), *changes)
-        for moment in sorted(chance.sample(range(begin + 10, end - 10), KILLS)):
+        left = kills - sum(kill["phase"] == phase for kill in read_lines(log)) if run.step() < end - 10 else 0
+        for moment in sorted(chance.sample(range(max(begin, run.step()) + 5, end - 5), left)):
             run.reach(moment)
-            twice.append(run.kill(chance))
-            print(f"killed at step {moment}, {twice[-1]} steps to be done twice", flush=True)
+            append_line(log, {"phase": phase, "step": moment, "twice": run.kill(chance)})
         begin = end
         run.reach(end)
     run.finish()
     starts = [{"step": start["step"], "processes": start["world_size"]} for start in run.events("started")]
-    return {"kills": len(twice), "steps_twice": sum(twice), "starts": starts}
+    return {"kills": read_lines(log), "starts": starts}
 
 
 def compare(ours: list[float], theirs: list[float]) -> dict[str, Any]:

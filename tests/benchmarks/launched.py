@@ -67,6 +67,12 @@ class Run:
         row = last_row(self.home / "metrics.jsonl")
         return 0 if row is None else int(row["step"])
 
+    def processes(self) -> int:
+        """Of its newest submission."""
+        record = latest(self.home)["pretrain"].record()
+        assert record is not None
+        return record.processes
+
     def events(self, name: str) -> list[dict[str, Any]]:
         return [row for row in read_lines(self.home / "events.jsonl") if row["event"] == name]
 
