@@ -27,18 +27,26 @@ def curves(path: Path, document: dict[str, Any]) -> None:
 
     figure, (over_steps, over_starts, over_givens) = pyplot.subplots(1, 3, figsize=(12, 3.6))
     steps = [entry["T"] for entry in document["by_steps"]]
+    colours = {name: f"C{number}" for number, name in enumerate(document["by_steps"][0]["votes"], start=1)}
     over_steps.plot(steps, [entry["single"]["accuracy"] for entry in document["by_steps"]], "o-", label="one start")
-    for name in document["by_steps"][0]["votes"]:
+    for name, colour in colours.items():
         values = [entry["votes"][name]["accuracy"] for entry in document["by_steps"]]
-        over_steps.plot(steps, values, "o--", label=name)
-    over_steps.set(xlabel="steps T", ylabel="boards solved (%)", ylim=(0, 101), xscale="log")
+        over_steps.plot(steps, values, "o--", label=name, color=colour)
+    over_steps.set(xlabel="steps T", ylabel="boards solved (%)", ylim=(0, 101))
     over_steps.legend(fontsize=7)
+    numbers = [1]
     for name, points in document["by_starts"].items():
-        over_starts.plot(*zip(*((point["starts"], point["accuracy"]) for point in points)), "o-", label=name)
-    over_starts.set(xlabel="starts", ylim=(0, 101), xscale="log", title=f"T = {steps[-1]}")
+        numbers = [point["starts"] for point in points]
+        over_starts.plot(numbers, [point["accuracy"] for point in points], "o--", label=name, color=colours[name])
+    over_starts.set(xlabel="starts", ylim=(0, 101), title=f"T = {steps[-1]}, by vote")
+    for axes, ticks in ((over_steps, steps), (over_starts, numbers)):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, labels=map(str, ticks))
+        axes.minorticks_off()
     given = document["by_givens"]
     over_givens.bar([int(number) for number in given], [entry["accuracy"] for entry in given.values()], color="#3b6ea5")
-    over_givens.set(xlabel="givens", ylim=(0, 101), title=f"T = {steps[-1]}")
+    chosen = next(iter(colours), "one start")
+    over_givens.set(xlabel="givens", ylim=(0, 101), title=f"T = {steps[-1]}, {chosen}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
