@@ -234,6 +234,17 @@ def _asked(resources: Resources, part: slurm.Partition) -> list[tuple[str, int, 
     ]
 
 
+def gpu_checks(here: Resources) -> list[Check]:
+    """No two processes of a training on one GPU: NCCL does not do that."""
+    if here.processes <= here.gpus or here.gpus == 0:
+        return []
+    text = (
+        f"cluster.processes={here.processes} would train on {here.gpus} GPU{'s' if here.gpus > 1 else ''} of a node, "
+        f"which NCCL does not share: use cluster.processes={here.gpus}, or cluster.gpus=0 for the CPU"
+    )
+    return [Check("cluster.processes", "error", text)]
+
+
 def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[str, Resources]) -> list[Check]:
     """All checks of a launch. Data comes first; resources have been resolved before."""
     found = [*home_checks(config, home), *version_checks()]
@@ -241,6 +252,7 @@ def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[st
         here = resources[chain[0].name]
         plan = plan_of(config, here)
         found.append(memory_check(config, plan, here))
+        found += gpu_checks(here)
     for link in chain:
         if resources[link.name].executor == "slurm":
             found += [check for check in slurm_checks(resources[link.name]) if check not in found]

@@ -44,7 +44,7 @@ def resolve(cluster: Cluster) -> Resources:
     if executor == "local":
         return _local(cluster)
     gpus = cluster.gpus if cluster.gpus is not None else _partition_gpus(cluster)
-    processes = _processes(cluster, gpus)
+    processes = cluster.processes or max(1, gpus)
     return Resources("slurm", cluster.nodes, processes, gpus, cluster.cpus_per_process, cluster)
 
 
@@ -56,19 +56,9 @@ def _local(cluster: Cluster) -> Resources:
         raise UserError(f"cluster.nodes={cluster.nodes} needs SLURM, which is not here; on this machine: {fitting}")
     if gpus > len(here):
         raise UserError(f"cluster.gpus={gpus}, but this machine shows {len(here)}; use cluster.gpus={len(here)}")
-    processes = _processes(cluster, gpus)
+    processes = cluster.processes or max(1, gpus)
     cores = cluster.cpus_per_process or max(1, len(os.sched_getaffinity(0)) // processes)
     return Resources("local", 1, processes, gpus, cores, cluster)
-
-
-def _processes(cluster: Cluster, gpus: int) -> int:
-    """Processes per node: as asked for, else one per GPU. NCCL takes no two on one GPU."""
-    if cluster.processes is not None and cluster.processes > gpus > 0:
-        raise UserError(
-            f"cluster.processes={cluster.processes} would share {gpus} GPU(s) of a node, which NCCL does not do: "
-            f"use cluster.processes={gpus}, or cluster.gpus=0 to train on the CPU"
-        )
-    return cluster.processes or max(1, gpus)
 
 
 def _partition_gpus(cluster: Cluster) -> int:

@@ -14,13 +14,22 @@ import torch
 
 from pretrain.native import find_compiler
 
+_allowed = True
+
+
+def allow(compiling: bool) -> None:
+    """Whether functions are compiled from now on, in this process: `compute.compile`."""
+    global _allowed
+    _allowed = compiling
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fused_on_gpu(function: Function) -> Function:
     """Compile `function` for calls whose first argument is on a GPU. Needs a C++ compiler there, else it runs as it is.
 
-    The result is equal up to float rounding. Compiled again for a second shape, with free sizes, and then no more.
+    The result is equal up to float rounding. Compiled again for a second shape, with free sizes, and hardly ever after.
     """
 
     @functools.cache
@@ -30,7 +39,7 @@ def fused_on_gpu(function: Function) -> Function:
     @functools.wraps(function)
     def call(first: torch.Tensor, *rest: Any, **named: Any) -> Any:
         # Fake tensors, which are a subclass, run as they are: nothing is to be generated for them.
-        chosen = compiled() if type(first) is torch.Tensor and first.is_cuda else function
+        chosen = compiled() if _allowed and type(first) is torch.Tensor and first.is_cuda else function
         return chosen(first, *rest, **named)
 
     return call  # type: ignore[return-value]

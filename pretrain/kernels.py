@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Compute
+from pretrain import fusing
 from pretrain.distributed import Ranks, broadcast_json
 from pretrain.models.connectivity import AttentionCoupling, Coupling, Grid
 from pretrain.models.kernels import build
@@ -60,7 +61,8 @@ def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path, *
             print(note, file=sys.stderr)
     rows = broadcast_json(rows, ranks)
     apply(backbone, rows)
-    if compute.compile and ranks.device.type == "cuda":
+    fusing.allow(compute.compile)
+    if compute.compile and ranks.device.type == "cuda" and find_compiler() is not None:
         for module in _compilable(backbone):
             module.compile(dynamic=False)
     return rows
@@ -84,13 +86,13 @@ def choose(
     """One row per kind of layer. Kinds in `recorded` are not measured again while their kernel can still run."""
     if compute.kernel not in ("auto", *KERNELS):
         raise UserError(f"compute.kernel={compute.kernel}: choose one of auto, {', '.join(KERNELS)}")
-    grid: Grid = getattr(backbone, "grid", (8, 8))
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-    kinds = {shape_of(layer, grid): layer for layer in layers_of(backbone)}
+    layers = layers_of(backbone)
+    kinds = {shape_of(layer, grid): (layer, grid) for layer, grid in zip(layers, grids_of(backbone, layers))}
     known = {(row["layer"], row["dtype"], row["device"]): row for row in recorded}
     where = str(dtype).removeprefix("torch."), _name(device)
     rows = []
-    for kind, layer in kinds.items():
+    for kind, (layer, grid) in kinds.items():
         candidates, note = available(layer, compute, dtype, device)
         row: Row = {"layer": kind, "dtype": where[0], "device": where[1], "kernel": "plain", "ms": {}, "note": note}
         earlier = known.get((kind, *where))
@@ -99,7 +101,8 @@ def choose(
         elif earlier is not None and earlier["kernel"] in candidates:
             row |= {"kernel": earlier["kernel"], "ms": earlier["ms"]}
         elif len(candidates) > 1:
-            # On CUDA code is compiled for the size of the batch, once; on the CPU a few images tell.
+            # On CUDA code is compiled for the size of the batch, once; on the CPU a few images tell. Graphs are the
+            # compiled code launched at once: the two are not held against each other, compiling takes long.
             size = images if device.type == "cuda" else max(BATCH, torch.get_num_threads())
             worth = [name for name in candidates if name != "compiled" or "graphed" not in candidates]
             row["ms"] = {name: measure(layer, name, grid, dtype, device, size) for name in worth}
@@ -111,11 +114,11 @@ def choose(
 def apply(backbone: nn.Module, rows: Sequence[Row]) -> None:
     """Set the kernel of every K-layer as the table says, and of all readouts: native where a layer's is."""
     chosen = {row["layer"]: row["kernel"] for row in rows}
-    grid: Grid = getattr(backbone, "grid", (8, 8))
     for module in backbone.modules():
         if isinstance(module, Readout):
             module.kernel = "native" if "native" in chosen.values() else "plain"
-    for layer in layers_of(backbone):
+    layers = layers_of(backbone)
+    for layer, grid in zip(layers, grids_of(backbone, layers)):
         layer.kernel = _coupling(layer).kernel = chosen[shape_of(layer, grid)]
 
 
@@ -124,6 +127,12 @@ def layers_of(backbone: nn.Module) -> list[Layer]:
     layers = [module for module in backbone.modules() if isinstance(module, KuramotoLayer)]
     inside = {layer.coupling for layer in layers}
     return [*layers, *(m for m in backbone.modules() if isinstance(m, AttentionCoupling) and m not in inside)]
+
+
+def grids_of(backbone: nn.Module, layers: Sequence[Layer]) -> list[Grid]:
+    """Tokens (rows, columns) that each of the layers works on."""
+    grids: list[Grid] | None = getattr(backbone, "grids", None)
+    return grids or [getattr(backbone, "grid", (8, 8))] * len(layers)
 
 
 def shape_of(layer: Layer, grid: Grid) -> str:
@@ -154,16 +163,18 @@ def available(layer: Layer, compute: Compute, dtype: torch.dtype, device: torch.
             note = build.library().reason
     if isinstance(layer, AttentionCoupling):
         return names, note
+    if compute.zero_stage == 3:  # DeepSpeed's hooks break the code at every module
+        return names, note
     if compute.compile and find_compiler() is not None:
         names.append("compiled")
-        if device.type == "cuda" and _keeps_addresses(compute):
+        if device.type == "cuda" and _can_graph(compute):
             names.append("graphed")
     elif compute.compile and not note:
         note = "no C++ compiler found: torch.compile is left out, steps are slower"
     return names, note
 
 
-def _keeps_addresses(compute: Compute) -> bool:
+def _can_graph(compute: Compute) -> bool:
     """CUDA graphs read parameters where they were recorded, and keep gradients only until the next forward.
 
     ZeRO 1 and 2 may keep to that as well; nobody has tried.
@@ -172,8 +183,10 @@ def _keeps_addresses(compute: Compute) -> bool:
 
 
 def _forced(kind: str, kernel: str, candidates: Sequence[str], note: str) -> str:
-    if kernel == "compiled" or kernel in candidates:
+    if kernel in candidates or (kernel == "compiled" and find_compiler() is not None):
         return kernel
+    if kernel == "graphed":
+        note = "graphs need a GPU, a C++ compiler, compute.zero_stage=0, and neither micro_batch nor recompute"
     raise UserError(f"compute.kernel={kernel}: {note or f'it does not take {kind}'}; set compute.kernel=auto")
 
 
@@ -185,19 +198,30 @@ def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: t
     parameters = [x, c, *(p for p in layer.parameters() if p.requires_grad)]
     coupling, before = _coupling(layer), layer.kernel
     layer.kernel = coupling.kernel = kernel
-    times = []
-    for _ in range(WARM_UP[device.type] + REPEATS):
-        _wait(device)
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = layer(x, c, grid) if isinstance(layer, KuramotoLayer) else layer(x, grid, layer.positions(grid))
-        torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
-        _wait(device)
-        times.append((time.perf_counter() - start) * 1000)
-        if sum(times[WARM_UP[device.type] :]) > PATIENCE_MS:
-            break
-    layer.kernel = coupling.kernel = before
-    return round(min(times[WARM_UP[device.type] :]), 3)
+    times: list[float] = []
+    try:
+        for _ in range(WARM_UP[device.type]):
+            _timed_ms(layer, x, c, grid, parameters, dtype)
+        while len(times) < REPEATS and sum(times) <= PATIENCE_MS:
+            times.append(_timed_ms(layer, x, c, grid, parameters, dtype))
+    except torch.OutOfMemoryError:
+        return float("inf")
+    finally:
+        layer.kernel = coupling.kernel = before
+    return round(min(times), 3)
+
+
+def _timed_ms(
+    layer: Layer, x: Tensor, c: Tensor, grid: Grid, parameters: Sequence[Tensor], dtype: torch.dtype
+) -> float:  # fmt: skip
+    """Milliseconds of one forward and backward (device syncs)."""
+    _wait(x.device)
+    start = time.perf_counter()
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        y = layer(x, c, grid) if isinstance(layer, KuramotoLayer) else layer(x, grid, layer.positions(grid))
+    torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
+    _wait(x.device)
+    return (time.perf_counter() - start) * 1000
 
 
 def _wait(device: torch.device) -> None:

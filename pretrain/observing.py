@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from pretrain import kernels
 from pretrain.data.workers import LEFT_TO_TRAINER, fork_server
 from pretrain.resume import part_of, prefix_of
 from pretrain.schedule import due
@@ -86,6 +87,7 @@ class Observing:
         self._observers, self._config, self._ranks, self._report = observers, config, ranks, report
         self._prefix = prefix_of(task.module, task.backbone)
         self._backbone = copy.deepcopy(task.backbone).cpu().eval().requires_grad_(False)
+        kernels.fastest(self._backbone)  # what is compiled for training would be compiled again for evaluation
         self._thread: threading.Thread | None = None
         self._process: Any = None
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()

@@ -26,6 +26,7 @@ from pretrain.distributed import Ranks
 from pretrain.ema import Ema
 from pretrain.engine import Engine, Moments
 from pretrain.lease import Lease
+from pretrain.microbatch import chunks
 from pretrain.monitor import Monitor, Sink, TensorBoard, WeightsAndBiases
 from pretrain.observing import Observer, Observing
 from pretrain.runlog import Events, MetricsFile
@@ -183,8 +184,8 @@ def _check_norms(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Non
 def _prepare(task: Task, config: PretrainConfig, ranks: Ranks, run_dir: Path) -> list[kernels.Row]:
     """Put the task on its device and choose how its backbone computes (collective)."""
     task.module.to(ranks.device)
-    share = config.batch_size // ranks.world_size
-    images = min(share, config.compute.micro_batch or share) * views_of(config)
+    first = chunks(config.batch_size // ranks.world_size, config.compute.micro_batch)[0]
+    images = (first.stop - first.start) * views_of(config)
     return kernels.set_up(task.backbone, config.compute, ranks, run_dir, images=images)
 
 

@@ -36,7 +36,8 @@ class Ours:
         self.task: Any = make_task(config)
         self.task.module.to(ranks.device).train()
         with tempfile.TemporaryDirectory() as folder:
-            rows = kernels.set_up(self.task.backbone, config.compute, ranks, Path(folder), images=2 * self.num_images)
+            compute = config.compute.model_copy(update={"micro_batch": None})
+            rows = kernels.set_up(self.task.backbone, compute, ranks, Path(folder), images=2 * self.num_images)
         self.kernels = [row["kernel"] for row in rows]
         self.engine = Engine(self.task, config.compute, config.optimizer, ranks, None)
         generator = torch.Generator().manual_seed(ranks.rank)

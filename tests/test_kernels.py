@@ -62,6 +62,17 @@ def test_forced_kernel_measures_nothing(model: nn.Module, monkeypatch: pytest.Mo
     assert kernels.choose(model, Compute(kernel="plain"), CPU)[0]["kernel"] == "plain"
 
 
+def test_stages_of_the_classifier_are_measured_on_their_own_grids() -> None:
+    model = timm.create_model("akorn_classifier_32", embed_dim=8)
+    rows = kernels.choose(model, Compute(compile=False, precision="fp32"), CPU)
+    assert [row["layer"].partition("tokens ")[2] for row in rows] == ["32x32 T 3", "16x16 T 3", "8x8 T 3"]
+
+
+def test_forcing_graphs_says_what_they_need(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"need a GPU.*compute\.kernel=auto"):
+        kernels.choose(model, Compute(kernel="graphed"), CPU)
+
+
 def test_forcing_what_cannot_run_is_a_user_error() -> None:
     conv = timm.create_model("akorn_conv_nano_patch4_32", num_classes=0)
     with pytest.raises(UserError, match=r"compute\.kernel=auto"):

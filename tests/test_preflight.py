@@ -116,3 +116,10 @@ def test_the_partitions_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_versions_are_those_of_the_requirements() -> None:
     (check,) = preflight.version_checks()
     assert check.level == "ok"
+
+
+@pytest.mark.parametrize(("processes", "gpus", "refused"), [(2, 1, True), (4, 4, False), (2, 0, False)])
+def test_two_processes_of_a_training_on_one_gpu_are_refused(processes: int, gpus: int, refused: bool) -> None:
+    found = preflight.gpu_checks(Resources("local", 1, processes, gpus, 8, Cluster()))
+    assert [check.level for check in found] == (["error"] if refused else [])
+    assert all(f"cluster.processes={gpus}" in check.text for check in found)

@@ -8,7 +8,7 @@ is its own there: more arithmetic, and few passes over memory once fused.
 Hue in closed form, equal to RGB -> HSV -> shift -> RGB: with M the largest channel, chroma c = M - min and hue h in
 sixths, channel k is M - c * clamp(min(x, 4 - x), 0, 1), x = (n_k + h) mod 6, n = 5, 3, 1 for red, green, blue.
 
-Shapes: b samples, V views, m views in a group, S side, P colour parameters.
+Shapes: b samples, V views, m views, S side, P colour parameters.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def blur(images: Tensor, sigma: Tensor, size: int) -> Tensor:
 
 @fused_on_gpu
 def coloured(
-    images: Tensor, params: Tensor, columns: Tensor, scale: Tensor, offset: Tensor, blur_size: int
+    images: Tensor, params: Tensor, columns: Tensor, scale: Tensor, offset: Tensor, blur_size: int, hues: bool
 ) -> Tensor:  # fmt: skip
     """uint8 [m, 3, S, S] -> float32 of the same shape, augmented and normalised.
 
@@ -96,6 +96,7 @@ def coloured(
         columns: int64 [m, places]: which column of `params` is applied at each place, -1 for none.
         scale, offset: [3, 1, 1], 1 / std and mean / std.
         blur_size: of the kernel in pixels; 0: no blur.
+        hues: whether any column is the hue.
     """
     x = images.to(torch.float32) / 255
     x = torch.where(_per_image(params[:, v.FLIP]) > 0, x.flip(-1), x)
@@ -103,7 +104,7 @@ def coloured(
         factor = torch.where(column >= 0, params.gather(1, column.clamp(min=0)[:, None])[:, 0], 1.0)
         is_hue = column == v.HUE
         blended = blend(x, torch.where(is_hue, 1.0, factor), column)
-        x = torch.where(_per_image(is_hue), hue(x, factor), blended)
+        x = torch.where(_per_image(is_hue), hue(x, factor), blended) if hues else blended
     x = torch.where(_per_image(params[:, v.GREY]) > 0, grey(x), x)
     if blur_size:
         sigma = params[:, v.SIGMA]
@@ -179,7 +180,7 @@ class Colour:
         scale, offset = self._normalisation(device)
         most = max(1, BLOCK // images.shape[1:].numel()) if device.type == "cpu" else max(1, len(images))
         parts = zip(images.split(most), params.split(most), columns.split(most))
-        done = [coloured(*part, scale, offset, self.blur_size) for part in parts]
+        done = [coloured(*part, scale, offset, self.blur_size, v.HUE in self.active) for part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -187,6 +187,11 @@ class KuramotoClassifier(Backbone, Starts):
         if self.gamma is not None:
             nn.init.constant_(self.gamma, self.gamma_init)
 
+    @property
+    def grids(self) -> list[Grid]:
+        """Tokens (rows, columns) of each stage."""
+        return self._grids(len(self.blocks))
+
     def _grids(self, depth: int) -> list[Grid]:
         """Tokens of every stage at the model's own input size."""
         grids = [(self.img_size[0], self.img_size[1])]
@@ -211,7 +216,7 @@ class KuramotoClassifier(Backbone, Starts):
             raise ValueError("the classifier has no patches: leave patch_size out")
         if img_size is not None:
             self.img_size = to_2tuple(img_size)
-        for stage, grid in zip(self.blocks, self._grids(len(self.blocks)), strict=True):
+        for stage, grid in zip(self.blocks, self.grids, strict=True):
             stage.kuramoto.coupling.set_grid(grid)
         self._redraw_start()
 

@@ -118,13 +118,20 @@ def coupled_steps(
 @functools.cache
 def _compiled_step() -> Callable[..., Tensor]:
     """One graph for all layers and steps of the same shapes."""
+    _allow_variants()
     return torch.compile(coupled_step, dynamic=False)
 
 
 @functools.cache
 def _compiled_steps(kernel: str) -> Callable[..., Tensor]:
     """One graph for all layers of the same shapes; `graphed` launches it as one CUDA graph."""
+    _allow_variants()
     return torch.compile(coupled_steps, dynamic=False, mode="reduce-overhead" if kernel == "graphed" else None)
+
+
+def _allow_variants() -> None:
+    """Let torch compile for every shape: stages, sizes of chunks, with and without gradients are more than its 8."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def energy(x: Tensor, y: Tensor) -> Tensor:
@@ -268,9 +275,12 @@ class KuramotoLayer(nn.Module):
         positions = self.coupling.positions(grid)
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and observe is None
         compiled = observe is None and self.kernel in ("compiled", "graphed")
-        if compiled and not recompute and steps == self.num_steps:
-            # Without gradients a second graph would write over what the first returned.
-            whole = _compiled_steps(self.kernel if torch.is_grad_enabled() else "compiled")
+        # On CPUs all steps as one take much longer to compile and are no faster.
+        if compiled and x.is_cuda and not recompute and steps == self.num_steps:
+            # Where no backward follows, a second graph would write over what the first returned.
+            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, c, *self.parameters()))
+            whole = _compiled_steps(self.kernel if learns else "compiled")
+            c = c.contiguous()  # the first layer's comes in another layout: it would be compiled for twice
             return whole(x, c, self.coupling, grid, positions, gamma, frequency, self.gain, self.rule, steps)
         fused = _compiled_step() if compiled else coupled_step
 
