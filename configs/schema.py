@@ -130,11 +130,17 @@ class Compute(Section):
 
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products; parameters and state are fp32")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
-    micro_batch: PositiveInt | None = Field(None, description="images per process computed at once; none: all")
-    compile: bool = Field(True, description="torch.compile by layer; needs a C++ compiler on CPU")
+    micro_batch: PositiveInt | None = Field(
+        None, description="images per process computed at once; none: all (and CUDA graphs where they help)"
+    )
+    compile: bool = Field(
+        True, description="torch.compile of K-layers, and on GPUs of readouts, colour and starts; needs a C++ compiler"
+    )
     recompute: bool = Field(False, description="recompute oscillator steps in the backward pass to save memory")
     kernel: Literal["auto", "plain", "compiled", "graphed", "native"] = Field(
-        "auto", description="way of computing the K-layers; auto: measured at the start, recorded in kernels.json"
+        "auto",
+        description="way of computing the K-layers; auto: measured at the start, recorded in kernels.json; graphed: "
+        "CUDA graphs, at zero_stage 0 without micro_batch and recompute",
     )
 
 
