@@ -26,7 +26,7 @@ def _shares(value: Any) -> Iterator[float]:
         for item in value:
             yield from _shares(item)
     elif isinstance(value, float):
-        yield from (value, 100 * value)
+        yield from (abs(value), 100 * abs(value))  # signs stand before the figures of intervals
 
 
 def _tables() -> list[tuple[str, str]]:
