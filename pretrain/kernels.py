@@ -36,7 +36,7 @@ Row = dict[str, Any]
 RECORD = "kernels.json"
 BATCH = 4  # or an image a thread: no core idles in the native kernel
 WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is compiled, run, recorded, and only then replayed
-REPEATS = 10
+REPEATS = {"cpu": 3, "cuda": 10}
 PATIENCE_MS = 300  # calls that took as long together are not repeated: they would delay every start
 
 
@@ -202,7 +202,7 @@ def measure(layer: Layer, kernel: str, grid: Grid, dtype: torch.dtype, device: t
     try:
         for _ in range(WARM_UP[device.type]):
             _timed_ms(layer, x, c, grid, parameters, dtype)
-        while len(times) < REPEATS and sum(times) <= PATIENCE_MS:
+        while len(times) < REPEATS[device.type] and sum(times) <= PATIENCE_MS:
             times.append(_timed_ms(layer, x, c, grid, parameters, dtype))
     except torch.OutOfMemoryError:
         return float("inf")
