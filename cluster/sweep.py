@@ -8,8 +8,11 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cluster import chain, executor, launching, snapshot
 from cluster.chain import PRETRAIN
@@ -52,9 +55,23 @@ def _split(values: str) -> list[str]:
 
 
 def name_of(base: str, overrides: Sequence[str]) -> str:
-    """Name of one run of a sweep: the last part of each key and its value behind the configuration's name."""
-    words = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in (item.partition("=") for item in overrides)]
+    """Name of one run of a sweep: the last part of each key and its value behind the configuration's name.
+
+    `model={name: itrsa, args: {n: 2}}` becomes itrsa_n-2: mappings give their leaves, and names stand for themselves.
+    """
+    words = []
+    for key, _, value in (item.partition("=") for item in overrides):
+        leaves = _leaves(key.rpartition(".")[2], yaml.safe_load(value) if value.startswith("{") else value)
+        words += [str(leaf) if name == "name" else f"{name}-{leaf}" for name, leaf in leaves]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([base, *words])).strip("-")
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at the ends of nested mappings."""
+    if not isinstance(value, dict):
+        yield name, value
+    for inner, leaf in value.items() if isinstance(value, dict) else ():
+        yield from _leaves(str(inner), leaf)
 
 
 def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[PretrainConfig]:
@@ -64,8 +81,8 @@ def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[
         raise UserError(f"--sweep is for training runs; {config_name} is a {base.job}")
     runs = []
     for chosen in combinations(sweeps):
-        name = name_of(base.name, chosen)
-        config = load(config_name, [*overrides, *chosen, f"name={name}"])
+        load(config_name, [*overrides, *chosen])  # says what is wrong with a value before it becomes a name
+        config = load(config_name, [*overrides, *chosen, f"name={name_of(base.name, chosen)}"])
         assert isinstance(config, PretrainConfig)
         runs.append(config)
     return runs

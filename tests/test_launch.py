@@ -183,6 +183,17 @@ def test_commas_in_brackets_separate_no_values() -> None:
     ]
 
 
+def test_runs_of_a_sweep_over_models_are_named_by_what_differs(place: Path) -> None:
+    models = "model={name: itrsa_nano_patch4_32},{name: akorn_nano_patch4_32, args: {coupling: none, n: 2}}"
+    runs = sweep.configurations("run.yaml", [], [models, "seed=0,1"])
+    assert [run.name for run in runs if run.seed == 1] == [
+        "r_itrsa_nano_patch4_32_seed-1",
+        "r_akorn_nano_patch4_32_coupling-none_n-2_seed-1",
+    ]
+    with pytest.raises(UserError, match="not valid YAML"):
+        sweep.configurations("run.yaml", [], ["model={name: }}"])
+
+
 def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
