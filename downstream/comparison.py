@@ -107,10 +107,10 @@ def _row(name: str, repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Of the deciding score, images paired, each averaged over seeds; None if the images were not the same."""
+    """Of the deciding score, with an interval over images (paired) and seeds; None if the images were not the same."""
     if len({run["data"] for run in (*ours, *theirs)}) > 1 or not ours[0]["images"]:
         return None
-    mine, others = (np.array([run["images"] for run in runs], dtype=float).mean(0) for runs in (ours, theirs))
+    mine, others = (np.array([run["images"] for run in runs], dtype=float) for runs in (ours, theirs))
     return paired_bootstrap(mine, others, resamplings=RESAMPLINGS)
 
 

@@ -147,12 +147,24 @@ def paired_bootstrap(
 ) -> dict[str, float]:
     """Mean difference of two models' scores on the same images, with a percentile interval over resampled images.
 
-    Images for which either score is not defined are left out.
+    Trainings that were repeated with other seeds are resampled as well, each model's by themselves, so that the interval
+    holds the spread of both. Images for which any score is not defined are left out.
+
+    Args:
+        ours, theirs: scores of one training [N], or of S repetitions [S, N].
     """
-    difference = (ours - theirs)[np.isfinite(ours) & np.isfinite(theirs)]
-    if not len(difference):
+    ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
+    defined = np.isfinite(ours).all(0) & np.isfinite(theirs).all(0)
+    ours, theirs = ours[:, defined], theirs[:, defined]
+    if not defined.any():
         return {"difference": float("nan"), "low": float("nan"), "high": float("nan")}
     rng = np.random.default_rng(seed)
-    means = [rng.choice(difference, len(difference)).mean() for _ in range(resamplings)]
+
+    def resampled() -> float:
+        images = rng.integers(0, ours.shape[1], ours.shape[1])
+        means = [some[rng.integers(0, len(some), len(some))].mean(0)[images].mean() for some in (ours, theirs)]
+        return float(means[0] - means[1])
+
+    means = [resampled() for _ in range(resamplings)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) if means else (np.nan, np.nan)
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
+    return {"difference": float(ours.mean() - theirs.mean()), "low": float(low), "high": float(high)}

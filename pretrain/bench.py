@@ -49,7 +49,7 @@ def measure(config: PretrainConfig, *, against: str | None, rounds: int) -> dict
     peak = timing.peak_flops(ranks.device, dtype)
     measured = timing.interleaved(steps, ranks.device, rounds=rounds)
     peak = max(peak, timing.peak_flops(ranks.device, dtype))
-    views = 2 * config.batch_size
+    views = ours.num_views * config.batch_size
     flops = 3 * ours.flops_per_view() * views / ranks.world_size / measured["ours"].step_s
     result: dict[str, Any] = {
         "config": config.name, "model": config.model.name, "batch_size": config.batch_size,
@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load(args.config, args.overrides)
     if not isinstance(config, PretrainConfig) or config.views is None:
         raise UserError(f"{args.config} trains on no images (job: {config.job}): bench measures pretraining")
+    if args.against and config.task.name != "simclr":
+        raise UserError(f"--against {args.against} is for task simclr, which {args.config} is not")
     if args.processes:
         keep = [args.config, *args.overrides, "--rounds", str(args.rounds)]
         results = scaling(keep, [int(count) for count in args.processes.split(",")])

@@ -1,6 +1,6 @@
 """What the benchmark runs: the product's training step on random images, and the published way of working.
 
-Legend: b images of this rank, V = 2 views, S side of a view, N tokens, C channels, n components, K = C/n oscillators.
+Legend: b images of this rank, V views of each (2; 1 where the task classifies), S side of a view, N tokens, C channels, n components, K = C/n oscillators.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import PretrainConfig
+from configs.tasks import ClassifyTask
 from pretrain import kernels
 from pretrain.data.batch import Batch
 from pretrain.distributed import Ranks
@@ -32,23 +33,26 @@ class Ours:
         assert config.views is not None
         torch.manual_seed(config.seed)
         self.config, self.ranks, self.size = config, ranks, config.views.size
+        self.num_views = 1 if isinstance(config.task, ClassifyTask) else 2
         self.num_images = config.batch_size // ranks.world_size
         self.task: Any = make_task(config)
         self.task.module.to(ranks.device).train()
         with tempfile.TemporaryDirectory() as folder:
             compute = config.compute.model_copy(update={"micro_batch": None})
-            rows = kernels.set_up(self.task.backbone, compute, ranks, Path(folder), images=2 * self.num_images)
+            rows = kernels.set_up(self.task.backbone, compute, ranks, Path(folder), images=self.num_views * self.num_images)
         self.kernels = [row["kernel"] for row in rows]
         self.engine = Engine(self.task, config.compute, config.optimizer, ranks, None)
         generator = torch.Generator().manual_seed(ranks.rank)
-        shape = (self.num_images, 2, 3, self.size, self.size)
+        shape = (self.num_images, self.num_views, 3, self.size, self.size)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        classes = config.task.num_classes if isinstance(config.task, ClassifyTask) else 1
+        self.labels = torch.randint(0, classes, (self.num_images,), generator=generator)
         self.turn = 0
 
     def batch(self) -> Batch:
         ids = torch.arange(self.num_images) + self.ranks.rank * self.num_images
         self.turn += 1
-        tensors = {"images": self.images.to(self.ranks.device)}
+        tensors = {"images": self.images.to(self.ranks.device), "label": self.labels.to(self.ranks.device)}
         return Batch(tensors, ids, torch.full_like(ids, self.turn), ids, self.config.seed)
 
     def step(self, clock: Clock) -> float:

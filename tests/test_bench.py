@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.loader import load
 from pretrain import bench, timing, workloads
 from pretrain.tasks.nt_xent import nt_xent
 from tests.plain.loss import nt_xent as full_nt_xent
@@ -120,6 +121,18 @@ def test_command_prints_one_line_of_json(capsys: pytest.CaptureFixture[str], mon
     assert result["ours"]["views_per_s"] > 0
     assert 0 < result["share_of_peak"] < 1
     assert result["times_faster"] > 0
+
+
+def test_a_step_of_a_classifier_takes_one_view_and_a_label() -> None:
+    from pretrain import distributed
+
+    small = ["model.name=resnet18", "model.args.channels=[4,4,4,4]", "batch_size=4"]
+    ours = workloads.Ours(load("classify.yaml", small), distributed.join())
+    loss = ours.step(timing.Clock(CPU))
+    assert ours.num_views == 1
+    assert 1 < loss < 6  # about ln 10
+    with pytest.raises(UserError, match="--against plain is for task simclr"):
+        bench.main(["classify.yaml", "--against", "plain"])
 
 
 def test_a_config_without_images_is_refused(tmp_path: Path) -> None:
