@@ -147,8 +147,8 @@ def paired_bootstrap(
 ) -> dict[str, float]:
     """Mean difference of two models' scores on the same images, with a percentile interval over resampled images.
 
-    Trainings that were repeated with other seeds are resampled as well, each model's by themselves, so that the interval
-    holds the spread of both. Images for which any score is not defined are left out.
+    Trainings repeated with other seeds are resampled too, each model's by themselves: the interval holds both spreads.
+    Images for which any score is not defined are left out.
 
     Args:
         ours, theirs: scores of one training [N], or of S repetitions [S, N].

@@ -1,6 +1,7 @@
 """What the benchmark runs: the product's training step on random images, and the published way of working.
 
-Legend: b images of this rank, V views of each (2; 1 where the task classifies), S side of a view, N tokens, C channels, n components, K = C/n oscillators.
+Legend: b images of this rank, V views of each (2; 1 where the task classifies), S side of a view, N tokens, C channels,
+n components, K = C/n oscillators.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Ours:
         self.task.module.to(ranks.device).train()
         with tempfile.TemporaryDirectory() as folder:
             compute = config.compute.model_copy(update={"micro_batch": None})
-            rows = kernels.set_up(self.task.backbone, compute, ranks, Path(folder), images=self.num_views * self.num_images)
+            images = self.num_views * self.num_images
+            rows = kernels.set_up(self.task.backbone, compute, ranks, Path(folder), images=images)
         self.kernels = [row["kernel"] for row in rows]
         self.engine = Engine(self.task, config.compute, config.optimizer, ranks, None)
         generator = torch.Generator().manual_seed(ranks.rank)
