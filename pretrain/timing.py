@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.quiet import quiet
+
 PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer")
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_gather")
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -135,7 +137,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step(Clock(device))
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(Clock(device))
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
