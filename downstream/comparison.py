@@ -30,8 +30,8 @@ def collect(runs: Sequence[Path]) -> dict[str, Any]:
         UserError: a run has no results, or repetitions of a run were not scored alike.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault(SEED.sub("", run.resolve().name), []).append(_read(run))
+    for run in dict.fromkeys(run.resolve() for run in runs):  # `runs/a_* runs/*` puts a first and counts it once
+        groups.setdefault(SEED.sub("", run.name), []).append(_read(run))
     rows = [_row(name, repetitions) for name, repetitions in groups.items()]
     first = next(iter(groups.values()))
     for row, repetitions in zip(rows[1:], list(groups.values())[1:], strict=True):

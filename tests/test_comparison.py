@@ -63,6 +63,12 @@ def test_means_spreads_and_differences_over_seeds(tmp_path: Path) -> None:
     assert lines[-1] == "| one segment |  | 0.0 | 10.0 |  |"
 
 
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    runs = [make(tmp_path, name, np.full(IMAGES, 0.5)) for name in ("b_seed-0", "a_seed-0", "a_seed-1")]
+    rows = comparison.collect([*runs[1:], *runs])["rows"]
+    assert [(row["name"], row["seeds"]) for row in rows] == [("a", 2), ("b", 1)]
+
+
 def test_scores_on_other_images_are_not_paired(tmp_path: Path) -> None:
     runs = [make(tmp_path, "a", np.full(IMAGES, 0.5)), make(tmp_path, "b", np.full(IMAGES + 1, 0.5))]
     assert comparison.collect(runs)["rows"][1]["difference"] is None
