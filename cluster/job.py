@@ -7,6 +7,7 @@ submission lies: what a life goes on from is decided by what lies in the run's f
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from cluster import environment, slurm
@@ -140,7 +141,7 @@ def work(entry: str, config: Any, submission: Submission) -> str:
     report) the run's folder.
     """
     module, _, name = entry.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(imported(module), name)
     if isinstance(config, PretrainConfig) and submission.link == "pretrain":
         return str(function(config, observers=observers_of(config), run_dir=submission.home).status)
     if submission.link == "report":
@@ -154,8 +155,19 @@ def observers_of(config: PretrainConfig) -> Sequence[Any]:
     """The evaluations that a training makes on its way, if it asks for any."""
     if config.observers.knn_every is None and config.observers.objects_every is None:
         return ()
-    observers: Sequence[Any] = importlib.import_module("downstream.online").make_observers(config)
+    observers: Sequence[Any] = imported("downstream.online").make_observers(config)
     return observers
+
+
+def imported(name: str) -> ModuleType:
+    """Import a module with all that it needs, without looking for garbage: hundreds of thousands of objects come to
+    stay, and looking through them again and again takes a tenth of the time. Nor are they looked through later."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _config_file(submission: Submission) -> Path:

@@ -237,6 +237,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     import deepspeed
 
     # On the CPU DeepSpeed would compile a shared-memory collective at the first start: half a minute, and an exception
-    # where there is no compiler. gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # where there is no compiler. gloo does without. Nothing of DeepSpeed's C++ is used here: it need not try a compiler
+    # to find out what it could have.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
