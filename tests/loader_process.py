@@ -11,7 +11,9 @@ import json
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from configs.schema import Data, Loading, Views
+from pretrain.data.fetch import Work
 from pretrain.data.loader import Loader
 from pretrain.data.views import SimclrTransform
 
@@ -34,19 +37,22 @@ class Stalling:
 
     sample: int
 
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> list[int]:
+        return list(samples.tolist())
+
+    def __call__(self, parts: Mapping[str, Any], sample: int) -> Work:
+        return partial(self.work, sample)
+
+    def work(self, sample: int) -> dict[str, np.ndarray]:
         while sample == self.sample:
             time.sleep(0.1)
         return {"number": np.array(sample)}
 
 
-@dataclass(frozen=True)
-class Failing:
+class Failing(Stalling):
     """Has a defect that one sample shows."""
 
-    sample: int
-
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
+    def work(self, sample: int) -> dict[str, np.ndarray]:
         return {"number": np.array(sample // (sample - self.sample))}
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from configs.schema import PretrainConfig
 from pretrain.data.batch import Batch
 from pretrain.data.decode import BrokenImageError
+from pretrain.data.fetch import Work
 from pretrain.data.loader import Loader
 from pretrain.data.shards import ShardWriter
 from pretrain.distributed import Ranks
@@ -83,16 +84,21 @@ class FaultyShards(Faulty, Loader):
         return self.spoiled(step, super().__getitem__(step))
 
 
-def vector_of(parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
+class Vectors:
     """A transform: the part `vec`, float32 with a checksum behind it."""
-    content = parts.get("vec", b"")
-    if len(content) != 4 * WIDTH + 4 or zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
-        raise BrokenImageError("checksum of a vector")
-    return {"images": np.frombuffer(content[:-4], np.float32)}
+
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        return samples
+
+    def __call__(self, parts: Mapping[str, Any], draws: np.ndarray) -> Work:
+        content = parts.get("vec", b"")
+        if len(content) != 4 * WIDTH + 4 or zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+            raise BrokenImageError("checksum of a vector")
+        return lambda: {"images": np.frombuffer(content[:-4], np.float32)}
 
 
 def write_vectors(folder: Path, *, shards: int = 8, each: int = 8) -> None:
-    """A shard set of vectors for `vector_of`."""
+    """A shard set of vectors for `Vectors`."""
     folder.mkdir(parents=True)
     vectors = VectorLoader(num_samples=shards * each).vectors.numpy()
     for shard in range(shards):
@@ -144,7 +150,7 @@ def replace_seams(*, separable: bool = False) -> None:
         if config.data.shards == "none":
             return FaultyLoader(**place, seed=config.seed)
         ledger = run_dir / "skipped.jsonl"
-        return FaultyShards(config.data, config.loading, vector_of, **place, seed=config.seed, ledger=ledger)
+        return FaultyShards(config.data, config.loading, Vectors(), **place, seed=config.seed, ledger=ledger)
 
     if os.environ.get("STANDIN_DISK_FULL"):
         pretrain.checkpoint.write_tensors = _full_disk

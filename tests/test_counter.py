@@ -46,11 +46,6 @@ def test_keys_differ_in_every_argument() -> None:
     assert len({counter.key_int(*chosen) for chosen in arguments}) == 32
 
 
-@given(BITS, st.integers(0, 40))
-def test_uniform_numbers_are_equal_one_by_one(key: int, index: int) -> None:
-    assert counter.uniform(np.array([key], np.uint64), index + 1)[0, index] == counter.uniform_int(key, index)
-
-
 def test_uniform_numbers_are_uniform_and_independent() -> None:
     draws = counter.uniform(counter.key(3, 0, np.arange(20_000), 0, "test"), 4)
     assert draws.min() >= 0

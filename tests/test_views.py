@@ -35,8 +35,9 @@ def test_boxes_are_equal_one_by_one_and_vectorised(
     key: int, height: int, width: int, scale: tuple[float, float]
 ) -> None:
     crops = views.CropRange(scale, (3 / 4, 4 / 3))
-    box = crops.box(key, height, width)
-    assert crops.boxes(np.array([key], np.uint64), np.array([height]), np.array([width]))[0].tolist() == list(box)
+    draws = crops.draws(np.array([key], np.uint64))
+    box = crops.box(draws[0].tolist(), height, width)
+    assert crops.boxes(draws, np.array([height]), np.array([width]))[0].tolist() == list(box)
     top, left, h, w = box
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -52,7 +53,8 @@ def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
     draw = transforms.RandomResizedCrop.get_params
     theirs = np.array([draw(image, list(scale), list(ratio)) for _ in range(COUNT)])
     keys = counter.key(0, 0, np.arange(COUNT), 0, "crop")
-    ours = views.CropRange(scale, ratio).boxes(keys, np.full(COUNT, height), np.full(COUNT, width))
+    crops = views.CropRange(scale, ratio)
+    ours = crops.boxes(crops.draws(keys), np.full(COUNT, height), np.full(COUNT, width))
     for statistic in (
         lambda box: box[:, 2] * box[:, 3],
         lambda box: box[:, 3] / box[:, 2],
@@ -68,7 +70,8 @@ def test_boxes_fall_back_to_torchvisions_central_crop() -> None:
     torch.manual_seed(0)
     for height, width in ((10, 2000), (2000, 10)):
         expected = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], [3 / 4, 4 / 3])
-        assert views.CropRange((0.9, 1.0), (3 / 4, 4 / 3)).box(5, height, width) == tuple(expected)
+        crops = views.CropRange((0.9, 1.0), (3 / 4, 4 / 3))
+        assert crops.box(crops.draws(np.array([5], np.uint64))[0].tolist(), height, width) == tuple(expected)
 
 
 def test_colour_parameters_are_distributed_as_torchvisions() -> None:
@@ -113,11 +116,13 @@ def test_transform_is_pure_and_its_views_are_the_crops() -> None:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     transform = views.SimclrTransform(Views(size=24), seed=4)
-    images = transform({"png": stream.getvalue()}, 1, 7, 0)["images"]
+    draws = transform.draws(np.array([0, 1]), np.array([3, 7]))[1]
+    images = transform({"png": stream.getvalue()}, draws)()["images"]
     assert images.shape == (2, 3, 24, 24)
-    assert np.array_equal(images, transform({"image": image, "cls": b"3"}, 1, 7, 0)["images"])
+    assert np.array_equal(images, transform({"image": image, "cls": b"3"}, draws)()["images"])
     for view in range(2):
-        top, left, height, width = transform.crops.box(counter.key_int(4, 1, 7, view, "crop"), 60, 80)
+        key = np.array([counter.key_int(4, 1, 7, view, "crop")], np.uint64)
+        top, left, height, width = transform.crops.box(transform.crops.draws(key)[0].tolist(), 60, 80)
         part = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)
         expected = transforms.functional.resize(part, [24, 24], antialias=True)
         assert (torch.from_numpy(images[view]).int() - expected.int()).abs().max() <= 1
@@ -125,4 +130,4 @@ def test_transform_is_pure_and_its_views_are_the_crops() -> None:
 
 def test_transform_without_an_image_says_so() -> None:
     with pytest.raises(decode.BrokenImageError, match="no image among its parts"):
-        views.SimclrTransform(Views(size=24), seed=4)({"txt": b"", "cls": b"1"}, 0, 0, 0)
+        views.SimclrTransform(Views(size=24), seed=4)({"txt": b"", "cls": b"1"}, np.zeros((2, 22)))

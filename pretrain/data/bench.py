@@ -19,7 +19,7 @@ import torch
 from configs.errors import UserError
 from configs.loader import load
 from configs.schema import PretrainConfig
-from pretrain.data import counter, crop, decode
+from pretrain.data import crop, decode
 from pretrain.data.batch import Batch
 from pretrain.data.colour import Colour
 from pretrain.data.loader import Loader
@@ -41,16 +41,19 @@ def stages(config: PretrainConfig, loader: Loader, transform: SimclrTransform, s
     while time.perf_counter() - begin < seconds:
         positions = np.arange(count, count + CHUNK)
         epochs, samples = loader.order.at(positions)
-        for row, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist())):
+        mark = time.perf_counter()
+        draws = transform.draws(epochs, samples)
+        spent["decode"] += time.perf_counter() - mark
+        for row, (sample, drawn) in enumerate(zip(samples.tolist(), draws)):
             marks = [time.perf_counter()]
             parts = reader.read(sample, only=transform.parts)
             marks.append(time.perf_counter())
             source = decode.Source.of(parts, max_pixels=config.data.max_pixels)
-            keys = [counter.key_int(config.seed, epoch, sample, view, "crop") for view in range(transform.num_views)]
-            boxes = [transform.crops.box(key, source.height, source.width) for key in keys]
-            image, boxes = source.pixels(boxes, size)
+            boxes = [transform.crops.box(draw, source.height, source.width) for draw in drawn.tolist()]
+            factor, scaled = source.coarsest(boxes, size)
+            image = source.pixels(factor, passing=True)
             marks.append(time.perf_counter())
-            views = crop.resized_many(image, boxes, size)
+            views = crop.resized_many(image, scaled, size)
             marks.append(time.perf_counter())
             out[row] = views
             marks.append(time.perf_counter())

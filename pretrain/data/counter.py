@@ -95,11 +95,6 @@ def uniform(keys: np.ndarray, count: int) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def uniform_int(key: int, index: int) -> float:
-    """Number `index` (from 0) of `uniform` for one key, in Python."""
-    return (mix_int(key + (index + 1) * GAMMA) >> 11) * 2.0**-53
-
-
 def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers for each key: int64 [B] -> float32 [B, *shape] on the device of the keys.
 

@@ -11,8 +11,10 @@ Shapes: n images of H x W, b crops, S side of the output; a box is (top, left, h
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from pretrain.data import native as cpp
 
+MEMORY = ctypes.c_uint8 * 0  # what C gets of a writable array: where it lies
+
 
 def resized_many(image: np.ndarray, boxes: Sequence[Sequence[int]], size: int) -> np.ndarray:
     """Boxes of an image, uint8 [H, W, 3] (rows may be apart), resized: uint8 [b, 3, S, S]."""
@@ -29,9 +33,9 @@ def resized_many(image: np.ndarray, boxes: Sequence[Sequence[int]], size: int) -
     if library is None:
         return np.stack([resized(image, box, size) for box in boxes])
     result = np.empty((len(boxes), 3, size, size), np.uint8)
-    chosen = (ctypes.c_int64 * (4 * len(boxes)))(*(value for box in boxes for value in box))
-    # ctypes' own conversions: numpy's `.ctypes` costs more than a small crop.
-    library.crop(_address(image), image.strides[0], chosen, len(boxes), size, _address(result))
+    # Not numpy's `.ctypes`, nor arrays of boxes: they cost more than a small crop.
+    chosen = struct.pack(f"{4 * len(boxes)}q", *chain.from_iterable(boxes))
+    library.crop(_address(image), image.strides[0], chosen, len(boxes), size, MEMORY.from_buffer(result.data))
     return result
 
 

@@ -15,7 +15,7 @@ import io
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -38,15 +38,17 @@ class BrokenImageError(ValueError):
     """An image that cannot be used; the message says why."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """An encoded image whose header has been read, or decoded pixels."""
+class Source(NamedTuple):
+    """An encoded image whose header has been read, or decoded pixels.
+
+    Attributes:
+        kind: jpeg (for the fast decoder), other (for Pillow) or pixels.
+    """
 
     content: bytes | np.ndarray
     height: int
     width: int
     kind: str
-    """jpeg (for the fast decoder), other (for Pillow) or pixels."""
 
     @classmethod
     def of(cls, parts: Mapping[str, bytes | np.ndarray], *, max_pixels: int = MAX_PIXELS) -> Source:
@@ -70,25 +72,29 @@ class Source:
             raise BrokenImageError(f"{width} x {height} pixels are over the limit of {max_pixels} (data.max_pixels)")
         return cls(content, height, width, kind)
 
-    def pixels(self, boxes: Sequence[Box] = (), size: int = 0) -> tuple[np.ndarray, list[Box]]:
-        """Decode: uint8 [H, W, 3], and the boxes in the pixels returned (coarser where the boxes allow it).
+    def coarsest(self, boxes: Sequence[Box], size: int) -> tuple[int, Sequence[Box]]:
+        """By which factor the image may be decoded coarser for boxes of `size` output pixels, and the boxes there."""
+        factor = _factor(boxes, size) if self.kind == "jpeg" else 1
+        if factor == 1:
+            return factor, boxes
+        return factor, _scaled(boxes, factor, -(-self.height // factor), -(-self.width // factor))
 
-        With boxes the pixels are valid until this thread decodes the next image: they lie in memory that is used again,
-        since fresh pages cost a fifth of the decoding.
+    def pixels(self, factor: int = 1, *, passing: bool = False) -> np.ndarray:
+        """Decode: uint8 [H, W, 3], by `factor` (of `coarsest`) smaller along each side, rounded up.
+
+        Args:
+            passing: the pixels are valid until this thread decodes the next image: they lie in memory that is used
+                again, since fresh pages cost a fifth of the decoding.
 
         Raises:
             BrokenImageError: the content is truncated or damaged.
         """
         if isinstance(self.content, np.ndarray):
-            return self.content, list(boxes)
+            return self.content
         if self.kind != "jpeg":
-            return _decode_other(self.content), list(boxes)
-        factor = _factor(boxes, size)
-        buffer = _scratch(3 * self.height * self.width) if boxes else None
-        image = _decode_jpeg(self.content, self.height, self.width, factor, buffer)
-        if factor == 1:
-            return image, list(boxes)
-        return image, [_scaled(box, factor, image.shape[0], image.shape[1]) for box in boxes]
+            return _decode_other(self.content)
+        buffer = _scratch(3 * self.height * self.width) if passing else None
+        return _decode_jpeg(self.content, self.height, self.width, factor, buffer)
 
 
 def decode_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -97,7 +103,7 @@ def decode_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         BrokenImageError: it is damaged, of an unknown format, or has more than `max_pixels`.
     """
-    return Source.read(content, max_pixels=max_pixels).pixels()[0]
+    return Source.read(content, max_pixels=max_pixels).pixels()
 
 
 def decode_mask(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -116,17 +122,18 @@ def decode_mask(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def _factor(boxes: Sequence[Box], size: int) -> int:
     """The coarsest of 1, 2, 4, 8 at which every box still has `LEAST_ZOOM * size` pixels along each side."""
-    if not boxes:
-        return 1
-    room = min(min(height, width) for _, _, height, width in boxes) / (LEAST_ZOOM * size)
-    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, room))
+    room = min([side for box in boxes for side in box[2:]]) / (LEAST_ZOOM * size)
+    return 8 if room >= 8 else 4 if room >= 4 else 2 if room >= 2 else 1
 
 
-def _scaled(box: Box, factor: int, height: int, width: int) -> Box:
-    """A box on the grid that is `factor` times coarser, inside height x width."""
-    top, left = min(round(box[0] / factor), height - 1), min(round(box[1] / factor), width - 1)
-    bottom, right = round((box[0] + box[2]) / factor), round((box[1] + box[3]) / factor)
-    return top, left, max(1, min(bottom, height) - top), max(1, min(right, width) - left)
+def _scaled(boxes: Sequence[Box], factor: int, height: int, width: int) -> list[Box]:
+    """Boxes on the grid that is `factor` times coarser, inside height x width."""
+    scaled = []
+    for top, left, h, w in boxes:
+        y, x = min(round(top / factor), height - 1), min(round(left / factor), width - 1)
+        bottom, right = min(round((top + h) / factor), height), min(round((left + w) / factor), width)
+        scaled.append((y, x, max(1, bottom - y), max(1, right - x)))
+    return scaled
 
 
 def _header(content: bytes) -> tuple[int, int, str]:
@@ -153,10 +160,10 @@ def _scratch(num_bytes: int) -> np.ndarray | None:
 
 def _decode_jpeg(content: bytes, height: int, width: int, factor: int, buffer: np.ndarray | None) -> np.ndarray:
     try:
-        if factor == 1:
-            return simplejpeg.decode_jpeg(content, "RGB", buffer=buffer)
-        least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-        return simplejpeg.decode_jpeg(content, "RGB", **least, buffer=buffer)
+        rows, columns = -(-height // factor), -(-width // factor)
+        return simplejpeg.decode_jpeg(
+            content, "RGB", min_height=rows, min_width=columns, min_factor=factor, buffer=buffer
+        )
     except ValueError as error:
         raise BrokenImageError(f"JPEG: {error}") from error
 

@@ -1,14 +1,15 @@
-"""One sample of the stream, whatever state it is in: read, transform, and replace it where it is broken.
+"""Samples of the stream, whatever state they are in: read, transform, and replace those that are broken.
 
-Owns: what a loader worker does with a sample. A pure function of (seed, epoch, sample) and the shards: a broken sample
+Owns: what a loader worker does with samples. A pure function of (seed, epoch, sample) and the shards: a broken sample
 is replaced by the same others in any process.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,14 +23,25 @@ from pretrain.data.shards import DamagedSample
 # Replacements tried before giving up: with half the set broken, all fail once in 10^15.
 TRIES = 50
 
+BLOCK = 16  # samples held in memory as they are encoded
+
+Work = Callable[[], dict[str, np.ndarray]]
+
 
 class Transform(Protocol):
     """What is done to a sample on the host. May have `parts`, the names of the parts that it wants read."""
 
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
-        """Arrays of the same shapes and types for every sample; raises BrokenImageError for one that is unusable.
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> Any:
+        """What is random in samples of the stream, for each by itself: int64 [n] each -> array or list of n."""
+        ...
 
-        `key`: 64 random bits of (seed, epoch, sample).
+    def __call__(self, parts: Mapping[str, Any], draws: Any) -> Work:
+        """Look at a sample, given its draws, and return what is left to do: all that takes long.
+
+        The work returns arrays, of the same shapes and types for every sample.
+
+        Raises:
+            BrokenImageError: the sample is unusable; the work may find this too.
         """
         ...
 
@@ -49,7 +61,7 @@ class Fetcher:
     """Reads and transforms samples.
 
     Attributes:
-        read_s, transform_s: seconds spent so far on reading, and on decoding and cropping.
+        read_s, transform_s: seconds spent so far on reading samples and looking at them, and on decoding and cropping.
     """
 
     reader: Reader
@@ -59,37 +71,75 @@ class Fetcher:
     read_s: float = field(default=0.0)
     transform_s: float = field(default=0.0)
 
-    def fetch(self, epoch: int, sample: int) -> tuple[int, dict[str, np.ndarray], list[Skipped]]:
-        """(the sample that is used, its arrays, the broken ones met on the way to it).
+    def fetch(
+        self, epochs: np.ndarray, samples: np.ndarray, in_hand: np.ndarray | None = None
+    ) -> Iterator[tuple[int, dict[str, np.ndarray], list[Skipped]]]:
+        """For each sample, int64 [n]: the one that is used, its arrays, the broken ones met on the way to it.
+
+        BLOCK samples are begun before the first is finished, and draws are made for all at once: after an image is
+        decoded, the processor has forgotten Python, which then takes several times as long.
+
+        Args:
+            in_hand: int64 [1], told which sample is worked on.
 
         Raises:
             UserError: no replacement could be used either.
         """
+        planned = zip(epochs.tolist(), samples.tolist(), self.transform.draws(epochs, samples))
+        while block := list(islice(planned, BLOCK)):
+            begun = []
+            for _, sample, draws in block:
+                _tell(in_hand, sample)
+                begun.append(self._begin(sample, draws))
+            for (epoch, sample, _), work in zip(block, begun):
+                _tell(in_hand, sample)
+                yield self._whole(epoch, sample, work)
+
+    def _whole(self, epoch: int, sample: int, work: Work | Skipped) -> tuple[int, dict[str, np.ndarray], list[Skipped]]:
+        """A sample, or what stands in for it."""
         skipped: list[Skipped] = []
         used = sample
         for attempt in range(TRIES):
-            try:
-                return used, self._once(epoch, used), skipped
-            except DamagedSample as error:
-                skipped.append(Skipped(used, error.shard, error.key, error.reason))
-            except BrokenImageError as error:
-                skipped.append(Skipped(used, *place_of(self.reader.index, used), str(error)))
+            result = work if isinstance(work, Skipped) else self._finish(used, work)
+            if not isinstance(result, Skipped):
+                return used, result, skipped
+            skipped.append(result)
             used = replacement(self.seed, epoch, sample, attempt, self.num_samples)
+            work = self._begin(used, self.transform.draws(np.array([epoch]), np.array([used]))[0])
         last = skipped[-1]
         raise UserError(
             f"{TRIES} samples in a row are broken, the last: {last.shard}, {last.key}: {last.reason}. Check the shards "
             "with pretrain/make_shards.py --verify, and data.parts and data.max_pixels"
         )
 
-    def _once(self, epoch: int, sample: int) -> dict[str, np.ndarray]:
+    def _begin(self, sample: int, draws: Any) -> Work | Skipped:
+        """Read a sample and look at it."""
         begin = time.perf_counter()
-        parts = dict(self.reader.read(sample, only=getattr(self.transform, "parts", None)))
-        read = time.perf_counter()
         try:
-            return self.transform(parts, epoch, sample, counter.key_int(self.seed, epoch, sample, 0, "transform"))
+            return self.transform(self.reader.read(sample, only=getattr(self.transform, "parts", None)), draws)
+        except DamagedSample as error:
+            return Skipped(sample, error.shard, error.key, error.reason)
+        except BrokenImageError as error:
+            return self._broken(sample, error)
         finally:
-            self.read_s += read - begin
-            self.transform_s += time.perf_counter() - read
+            self.read_s += time.perf_counter() - begin
+
+    def _finish(self, sample: int, work: Work) -> dict[str, np.ndarray] | Skipped:
+        begin = time.perf_counter()
+        try:
+            return work()
+        except BrokenImageError as error:
+            return self._broken(sample, error)
+        finally:
+            self.transform_s += time.perf_counter() - begin
+
+    def _broken(self, sample: int, error: BrokenImageError) -> Skipped:
+        return Skipped(sample, *place_of(self.reader.index, sample), str(error))
+
+
+def _tell(in_hand: np.ndarray | None, sample: int) -> None:
+    if in_hand is not None:
+        in_hand[0] = sample
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from configs.errors import UserError
 from pretrain.data import crop, decode
-from pretrain.data.counter import key
 from pretrain.data.fetch import TRIES, place_of, replacement
 from pretrain.data.ledger import Skipped
 from pretrain.data.memory import Memory
@@ -155,12 +154,11 @@ class KeptViews:
     def __call__(self, epochs: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, Tensor, list[Skipped]]:
         """(samples used [b], views uint8 [b, V, 3, S, S], broken samples met)."""
         used, skipped = self._replaced(epochs, samples)
-        view = np.arange(self.transform.num_views)
-        keys = key(self.transform.seed, epochs[:, None], used[:, None], view, "crop").reshape(-1)
-        rows = self.kept.image_row[used].repeat(len(view))
-        boxes = self.transform.crops.boxes(keys, *self.kept.table[rows, 3:].T)
+        draws = self.transform.draws(epochs, used)
+        rows = self.kept.image_row[used].repeat(draws.shape[1])
+        boxes = self.transform.crops.boxes(draws.reshape(-1, draws.shape[2]), *self.kept.table[rows, 3:].T)
         views = self._on_host(rows, boxes) if self.images is None else self._on_device(used, boxes)
-        return used, views.unflatten(0, (len(used), len(view))), skipped
+        return used, views.unflatten(0, draws.shape[:2]), skipped
 
     def _on_host(self, rows: np.ndarray, boxes: np.ndarray) -> Tensor:
         size, memory, table = self.transform.views.size, self.kept.memory, self.kept.table[rows]

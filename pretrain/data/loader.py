@@ -243,7 +243,7 @@ class Loader:
         layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {"epochs": ((rows,), INT64), "samples": ((rows,), INT64)}
         if self._kept_views is None or self._kept_views.images is None:
             epochs, samples = self.order.at(self.positions(0)[:1])
-            _, arrays, _ = self._fetcher.fetch(int(epochs[0]), int(samples[0]))
+            _, arrays, _ = next(self._fetcher.fetch(epochs, samples))
             layout |= {name: ((rows, *array.shape), array.dtype) for name, array in arrays.items()}
         return layout
 

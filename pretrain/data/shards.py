@@ -1,7 +1,7 @@
 """Shards: tars written with webdataset's own writer, and samples read back by offset.
 
-Reading is one pread for each part (with its tar header, which tells whether the shard still is the one indexed): no
-position is shared, so that threads and forked processes may use one reader.
+A part and its tar header (which tells whether the shard still is the one indexed) are read with a pread each: nothing
+is copied twice, and no position is shared, so that threads and forked processes may use one reader.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ class ShardReader:
 
     def _part(self, shard: int, offset: int, size: int) -> bytes:
         with self._lock:
-            data = os.pread(self._descriptor(shard), size + BLOCK, offset - BLOCK)
-        if len(data) < size + BLOCK:
+            descriptor = self._descriptor(shard)
+            header, data = os.pread(descriptor, BLOCK, offset - BLOCK), os.pread(descriptor, size, offset)
+        if len(header) + len(data) < BLOCK + size:
             raise ShardChangedError("the shard is shorter than when it was indexed")
-        header = data[:BLOCK]
         if header[257:262] != b"ustar" or not _same_size(header[124:136], size):
             raise ShardChangedError("the shard is not the one that was indexed (no such file at this place)")
-        return data[BLOCK:]
+        return data
 
     def _descriptor(self, shard: int) -> int:
         found = self._open.pop(shard, None)

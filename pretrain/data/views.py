@@ -5,21 +5,23 @@ RandomGrayscale, RandomHorizontalFlip and GaussianBlur draw them, and the transf
 Only additions, multiplications, divisions and square roots of doubles decide a box, each exactly rounded by IEEE 754,
 so that boxes are equal on every machine, one by one or vectorised.
 
-Shapes: V views, S side of a view, P colour parameters (columns below).
+Shapes: V views, S side of a view, D draws for a crop, P colour parameters (columns below).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from configs.schema import Views
 from pretrain.data import counter, crop, decode
+from pretrain.data.fetch import Work
 
 TRIES = 10
 
@@ -48,38 +50,39 @@ class CropRange:
     scale: tuple[float, float]
     ratio: tuple[float, float]
 
-    @cached_property
-    def log_ratio(self) -> tuple[float, float]:
-        return math.log(self.ratio[0]), math.log(self.ratio[1])
+    def draws(self, keys: np.ndarray) -> np.ndarray:
+        """What is random in crops of images of any size: uint64 [...] -> float64 [..., 2 * TRIES + 2].
 
-    def box(self, key: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the crop of one image, from a 64-bit key."""
-        low, high = self.log_ratio
-        for attempt in range(TRIES):
-            share = self.scale[0] + (self.scale[1] - self.scale[0]) * counter.uniform_int(key, 2 * attempt)
-            aspect = exp(low + (high - low) * counter.uniform_int(key, 2 * attempt + 1))
-            area = height * width * share
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        TRIES times a share of the image's area and a ratio of the sides, then a place in the room that is left.
+        """
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        draws = counter.uniform(keys, 2 * TRIES + 2)
+        share, ratio = draws[..., 0 : 2 * TRIES : 2], draws[..., 1 : 2 * TRIES : 2]
+        share[:] = self.scale[0] + (self.scale[1] - self.scale[0]) * share
+        ratio[:] = exp(low + (high - low) * ratio)
+        return draws
+
+    def box(self, draws: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the crop of one image."""
+        for attempt in range(0, 2 * TRIES, 2):
+            area = height * width * draws[attempt]
+            w, h = round(math.sqrt(area * draws[attempt + 1])), round(math.sqrt(area / draws[attempt + 1]))
             if 0 < w <= width and 0 < h <= height:
-                top = int(counter.uniform_int(key, 2 * TRIES) * (height - h + 1))
-                left = int(counter.uniform_int(key, 2 * TRIES + 1) * (width - w + 1))
+                top, left = int(draws[-2] * (height - h + 1)), int(draws[-1] * (width - w + 1))
                 return min(top, height - h), min(left, width - w), h, w
         return self._central(height, width)
 
-    def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """The same for many: uint64 [n], image sizes [n] -> int64 [n, 4]."""
-        low, high = self.log_ratio
-        draws = counter.uniform(keys, 2 * TRIES + 2)
+    def boxes(self, draws: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """The same for many: float64 [n, 2 * TRIES + 2], image sizes [n] -> int64 [n, 4]."""
         height, width = np.asarray(heights)[:, None], np.asarray(widths)[:, None]
-        share = self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0 : 2 * TRIES : 2]
-        aspect = exp(low + (high - low) * draws[:, 1 : 2 * TRIES : 2])
+        share, ratio = draws[:, 0 : 2 * TRIES : 2], draws[:, 1 : 2 * TRIES : 2]
         area = height * width * share
-        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.argmax(1)[:, None]
         w, h = (np.take_along_axis(side, first, 1).astype(np.int64) for side in (w, h))
-        top = np.minimum((draws[:, 2 * TRIES :][:, :1] * (height - h + 1)).astype(np.int64), height - h)
-        left = np.minimum((draws[:, 2 * TRIES + 1 :] * (width - w + 1)).astype(np.int64), width - w)
+        top = np.minimum((draws[:, -2:-1] * (height - h + 1)).astype(np.int64), height - h)
+        left = np.minimum((draws[:, -1:] * (width - w + 1)).astype(np.int64), width - w)
         result = np.concatenate([top, left, h, w], 1)
         for row in np.flatnonzero(~fits.any(1)):
             result[row] = self._central(int(heights[row]), int(widths[row]))
@@ -133,15 +136,20 @@ class SimclrTransform:
         """The distribution of the crops."""
         return CropRange(self.views.scale, self.views.ratio)
 
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
-        """Parts of a sample -> {"images": uint8 [V, 3, S, S]}; colour follows on the device (colour.py).
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """What is random in the crops of samples: int64 [n] each -> float64 [n, V, D]."""
+        view = np.arange(self.num_views)
+        return self.crops.draws(counter.key(self.seed, epochs[:, None], samples[:, None], view, "crop"))
+
+    def __call__(self, parts: Mapping[str, Any], draws: np.ndarray) -> Work:
+        """Parts of a sample and its draws [V, D] -> {"images": uint8 [V, 3, S, S]}; colour follows on the device.
 
         Raises:
             BrokenImageError: there is no image, or it cannot be decoded.
         """
-        keys = [counter.key_int(self.seed, epoch, sample, v, "crop") for v in range(self.num_views)]
-        size, crops = self.views.size, self.crops
         source = decode.Source.of(parts, max_pixels=self.max_pixels)
-        boxes = [crops.box(key, source.height, source.width) for key in keys]
-        image, scaled = source.pixels(boxes, size)
-        return {"images": crop.resized_many(image, scaled, size)}
+        boxes = [self.crops.box(drawn, source.height, source.width) for drawn in draws.tolist()]
+        return partial(self._views, source, *source.coarsest(boxes, self.views.size))
+
+    def _views(self, source: decode.Source, factor: int, boxes: Sequence[decode.Box]) -> dict[str, np.ndarray]:
+        return {"images": crop.resized_many(source.pixels(factor, passing=True), boxes, self.views.size)}

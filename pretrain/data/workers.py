@@ -89,11 +89,9 @@ def fill(
 ) -> list[Skipped]:
     """Fetch the samples planned for these rows of a slot; `samples` then says which were used."""
     skipped: list[Skipped] = []
-    for row in rows:
-        epoch, sample = int(slot["epochs"][row]), int(slot["samples"][row])
-        if in_hand is not None:
-            in_hand[0] = sample
-        slot["samples"][row], arrays, broken = fetcher.fetch(epoch, sample)
+    fetched = fetcher.fetch(slot["epochs"][rows.start : rows.stop], slot["samples"][rows.start : rows.stop], in_hand)
+    for row, (used, arrays, broken) in zip(rows, fetched):
+        slot["samples"][row] = used
         for name, array in arrays.items():
             slot[name][row] = array
         skipped += broken

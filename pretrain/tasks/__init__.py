@@ -36,7 +36,7 @@ class Task(Protocol):
 
     @property
     def transform(self) -> Any:
-        """For the loader: `transform(parts, epoch, sample, key) -> dict of numpy arrays`; picklable and pure."""
+        """What the loader does to a sample on the host (pretrain/data/fetch.py); picklable and pure."""
         ...
 
     @property

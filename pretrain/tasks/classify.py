@@ -9,7 +9,9 @@ Legend: b images, S side of a view, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import PretrainConfig, Views
 from configs.tasks import ClassifyTask
+from pretrain.data import counter
+from pretrain.data.fetch import Work
 from pretrain.data.views import SimclrTransform
 
 if TYPE_CHECKING:
@@ -36,21 +40,33 @@ class ClassifyTransform:
     max_pixels: int
     augmix: bool = False
 
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
-        """Returns {"images": uint8 [1, 3, S, S], "colour": float32 [1, P], "label": int64 []}.
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """The draws of each sample's view, and 64 bits for AugMix."""
+        keys = counter.key(self.seed, epochs, samples, 0, "transform")
+        return list(zip(self._simclr.draws(epochs, samples), keys.tolist()))
+
+    def __call__(self, parts: Mapping[str, Any], draws: tuple[np.ndarray, int]) -> Work:
+        """Returns what makes {"images": uint8 [1, 3, S, S], "colour": float32 [1, P], "label": int64 []}.
 
         Raises:
             UserError: no label, or one beyond the number of classes.
             BrokenImageError: the image cannot be decoded.
         """
         label = self._label(parts)
-        transform = SimclrTransform(self.views, self.seed, max_pixels=self.max_pixels, num_views=1)
-        arrays = transform(parts, epoch, sample, key)
+        crops, key = draws
+        return partial(self._arrays, self._simclr(parts, crops), key, label)
+
+    def _arrays(self, views: Work, key: int, label: int) -> dict[str, np.ndarray]:
+        arrays = views()
         if self.augmix:
             arrays["images"] = augmix(arrays["images"], key)
         return {**arrays, "label": np.asarray(label, dtype=np.int64)}
 
-    def _label(self, parts: dict[str, Any]) -> int:
+    @cached_property
+    def _simclr(self) -> SimclrTransform:
+        return SimclrTransform(self.views, self.seed, max_pixels=self.max_pixels, num_views=1)
+
+    def _label(self, parts: Mapping[str, Any]) -> int:
         text = bytes(parts.get("cls", b"")).strip()
         if not text.isdigit():
             raise UserError("a sample has no label (part `cls`): task classify needs labelled shards")

@@ -132,7 +132,7 @@ def measure(contents: Sequence[bytes], size: int, rounds: int) -> dict[str, floa
                 clock.run("published", lambda part=part: [published(content) for content in part])
                 clock.run("host", lambda part=part, first=first: ours.host(first, len(part)))
                 clock.run("device", lambda part=part: ours.device(len(part)))
-                draws = rng.integers(0, 2**63, 2 * len(part)).tolist()
+                draws = crops.draws(rng.integers(0, 2**63, 2 * len(part), np.uint64)).tolist()
                 box = lambda h, w, draws=draws: crops.box(draws.pop(), h, w)  # noqa: E731
                 clock.run("bare", lambda part=part, box=box: [bare(content, size, box) for content in part])
                 clock.run("decoder", lambda part=part: [simplejpeg.decode_jpeg(content, "RGB") for content in part])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pretrain.data import counter
+from pretrain.data.fetch import Work
 from pretrain.data.sudoku import record, symmetry
 
 
@@ -22,11 +25,17 @@ class SudokuTransform:
     seed: int
     symmetries: bool = True
 
-    def __call__(self, parts: dict[str, Any], epoch: int, sample: int, key: int) -> dict[str, np.ndarray]:
-        """Returns {"puzzle": uint8 [81], "solution": uint8 [81]}, 0 for a blank."""
+    def draws(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The uniform numbers that make the symmetries of samples: int64 [n] each -> float64 [n, NUM_UNIFORMS]."""
+        return counter.uniform(counter.key(self.seed, epochs, samples, 0, "symmetry"), symmetry.NUM_UNIFORMS)
+
+    def __call__(self, parts: Mapping[str, Any], draws: np.ndarray) -> Work:
+        """Returns what makes {"puzzle": uint8 [81], "solution": uint8 [81]}, 0 for a blank."""
+        return partial(self._boards, parts, draws)
+
+    def _boards(self, parts: Mapping[str, Any], draws: np.ndarray) -> dict[str, np.ndarray]:
         puzzle, solution = record.decode(parts)
         if self.symmetries:
-            draws = counter.uniform(counter.key(self.seed, epoch, sample, 0, "symmetry"), symmetry.NUM_UNIFORMS)
-            change = symmetry.from_uniforms(draws.reshape(1, -1))
+            change = symmetry.from_uniforms(draws[None])
             puzzle, solution = change(puzzle[None])[0], change(solution[None])[0]
         return {"puzzle": puzzle, "solution": solution}
