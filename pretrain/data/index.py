@@ -112,6 +112,11 @@ class ShardIndex:
         """Names of the parts that samples may have."""
         return list(self._columns)
 
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """Name of each part that samples may have -> its names in the tars, by preference."""
+        return {name: [self.stored_parts[column] for column in found] for name, found in self._columns.items()}
+
     def url(self, shard: int) -> str:
         """Path or URL of a shard."""
         return self.location.base + self.shard_name(shard)

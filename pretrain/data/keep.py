@@ -1,7 +1,8 @@
 """A data set kept decoded in memory: for sets that fit, CIFAR-10 and generated scenes.
 
 Owns: reading a whole shard set once, images decoded, into one block that the loader's workers share, or onto the
-device. A sample that is broken stays so: reading it raises what reading it from disk raises.
+device; a later start takes what an earlier one decoded (decoded.py). A sample that is broken stays so: reading it
+raises what reading it from disk raises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from pretrain.data import crop, decode
+from pretrain.data import crop, decode, decoded
 from pretrain.data.fetch import TRIES, place_of, replacement
 from pretrain.data.ledger import Skipped
 from pretrain.data.memory import Memory
@@ -25,7 +26,7 @@ from pretrain.data.shards import DamagedSample, ShardReader
 from pretrain.data.views import SimclrTransform
 
 THREADS = 8
-BLOCK = 1024
+CHUNK = 64  # samples that a thread takes at once: reading a small image takes no longer than handing it out
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,35 @@ class Part:
 class Kept:
     """The parts of all samples, images as pixels. Reads as a ShardReader does; picklable into workers, not copied.
 
+    Args:
+        writes: whether what was decoded is stored for later starts, as on one rank.
+
     Attributes:
-        table: int64 [parts of all samples, 5]: number of its name, offset and size in `memory`, and of an image height
-            and width (0, 0: bytes).
+        names, table: see `decoded.Decoded`.
         image_row: int64 [N], the row of each sample's image, -1 where there is none.
 
     Raises (when made):
         UserError: the machine's memory does not hold the set.
     """
 
-    def __init__(self, reader: ShardReader, *, only: Sequence[str] | None, max_pixels: int) -> None:
+    def __init__(
+        self, reader: ShardReader, *, only: Sequence[str] | None, max_pixels: int, writes: bool = False
+    ) -> None:
         self.index = reader.index
         self.broken: dict[int, DamagedSample] = {}
-        self.names: list[str] = []
-        contents: list[list[Part]] = []
-        threads = min(THREADS, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(self.index), BLOCK):
-                block = range(first, min(first + BLOCK, len(self.index)))
-                contents += pool.map(lambda sample: self._content(reader, sample, only, max_pixels), block)
-        self._lay_out(contents)
+        path, key = decoded.path_of(self.index, only), decoded.key_of(self.index, only, max_pixels)
+        known = decoded.load(path, key)
+        if known is not None:
+            self.names, self.table, self._first = known.names, known.table, known.first
+            self._block = Memory(known.memory.nbytes)
+            self.memory[: known.memory.nbytes] = known.memory
+        else:
+            self._lay_out(self._decode(reader, only, max_pixels))
+            if writes and not self.broken:
+                decoded.store(path, key, decoded.Decoded(self.names, self.table, self._first, self.memory))
+        self.image_row = np.full(len(self.index), -1)
+        images = np.flatnonzero(self.table[:, 3])
+        self.image_row[np.searchsorted(self._first, images, side="right") - 1] = images
 
     def read(self, sample: int, *, only: Any = None) -> dict[str, Any]:
         """Parts of a sample: images uint8 [H, W, 3], others bytes.
@@ -93,6 +103,13 @@ class Kept:
             images[sample] = self.memory[offset : offset + height * width * 3].reshape(height, width, 3)
         return images
 
+    def _decode(self, reader: ShardReader, only: Sequence[str] | None, max_pixels: int) -> list[list[Part]]:
+        samples = range(len(self.index))
+        chunks = [samples[first : first + CHUNK] for first in samples[::CHUNK]]
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            contents = pool.map(lambda chunk: [self._content(reader, one, only, max_pixels) for one in chunk], chunks)
+            return [parts for content in contents for parts in content]
+
     def _content(self, reader: ShardReader, sample: int, only: Sequence[str] | None, max_pixels: int) -> list[Part]:
         try:
             parts: dict[str, bytes] = reader.read(sample, only=only)
@@ -123,9 +140,6 @@ class Kept:
         self._block = Memory(offset)
         for row, part in enumerate(flat):
             self.memory[self.table[row, 1] :][: part.content.nbytes] = part.content.reshape(-1)
-        self.image_row = np.full(len(contents), -1)
-        images = np.flatnonzero(self.table[:, 3])
-        self.image_row[np.searchsorted(self._first, images, side="right") - 1] = images
 
     @property
     def memory(self) -> np.ndarray:

@@ -230,7 +230,8 @@ class Loader:
             self._files.prefetch(self.order.coming_shards(position, 2 * self.order.window))
 
     def _keep(self, data: Data, transform: fetch.Transform) -> None:
-        kept = Kept(self._files, only=getattr(transform, "parts", None), max_pixels=data.max_pixels)
+        only = getattr(transform, "parts", None)
+        kept = Kept(self._files, only=only, max_pixels=data.max_pixels, writes=self.rank == 0)
         self._fetcher.reader = kept
         if isinstance(transform, SimclrTransform):
             self._kept_views = KeptViews(kept, transform, self.device if data.keep == "device" else None)
