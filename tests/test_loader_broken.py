@@ -55,6 +55,12 @@ def test_a_replacement_is_a_function_of_the_sample(damaged: Path) -> None:
         assert used == next(sample for sample in tries if sample not in (3, 17, 20))
 
 
+def test_blocks_of_samples_change_nothing(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [line(make_loader(damaged, max_broken=0.5), step) for step in range(2)]
+    monkeypatch.setattr(fetch, "BLOCK", 5)
+    assert [line(make_loader(damaged, max_broken=0.5), step) for step in range(2)] == whole
+
+
 def test_too_many_broken_samples_stop_the_run(damaged: Path, tmp_path: Path) -> None:
     loader = make_loader(damaged, max_broken=0.01, ledger=tmp_path / "skipped.jsonl")
     with pytest.raises(UserError, match=r"more than data\.max_broken=0\.01 allows.*skipped\.jsonl.*--verify"):

@@ -91,7 +91,8 @@ def fill(
     skipped: list[Skipped] = []
     fetched = fetcher.fetch(slot["epochs"][rows.start : rows.stop], slot["samples"][rows.start : rows.stop], in_hand)
     for row, (used, arrays, broken) in zip(rows, fetched):
-        slot["samples"][row] = used
+        if broken:
+            slot["samples"][row] = used
         for name, array in arrays.items():
             slot[name][row] = array
         skipped += broken
