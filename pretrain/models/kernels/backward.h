@@ -58,7 +58,7 @@ inline void store_rows(bf16* a, int j, const vec v[4]) {
 // Logits s and dP of a block -> P and dS = P (dP - <P, dP>) as A operands, and dS as `mix` takes it.
 template <class E> void softmax_back(const Layer& l, float* s, float* dp, const float* lse, E* pa, E* da, E* dsb) {
   const int N = l.N;
-  for (int j = l.valid; j < N; j++) store(s + j * R, splat(-INFINITY)), store(s + j * R + 16, splat(-INFINITY));
+  for (int j = l.valid; j < N; j++) store(s + j * R, splat(NEVER)), store(s + j * R + 16, splat(NEVER));
   const vec peak[2] = {load(lse), load(lse + 16)};
   vec sum[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)}, v[4];
   for (int j = 0; j < N; j += 2) {

@@ -86,7 +86,7 @@ inline void store_pair(bf16* p, int N, int j, vec a, vec b, vec c, vec d) {
 // Logits [N, R] in base 2 -> P = 2^(s - peak), 1 / its sums over keys, and log2 of the sums of 2^s.
 template <class E> void softmax(const Layer& l, float* s, E* p, float* inverse, float* lse) {
   const int N = l.N;
-  for (int j = l.valid; j < N; j++) store(s + j * R, splat(-INFINITY)), store(s + j * R + 16, splat(-INFINITY));
+  for (int j = l.valid; j < N; j++) store(s + j * R, splat(NEVER)), store(s + j * R + 16, splat(NEVER));
   vec a = load(s), b = load(s + 16), c = load(s + R), d = load(s + R + 16);
   for (int j = 2; j < N; j += 2) {
     a = _mm512_max_ps(a, load(s + j * R)), b = _mm512_max_ps(b, load(s + j * R + 16));

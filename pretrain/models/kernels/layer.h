@@ -4,14 +4,15 @@
 // K = C/n oscillators (a multiple of 16), H heads, D = C/H (16, or a multiple of 32 up to 512), E the type of the
 // operands of matrix products (float or bf16). State and sums are fp32.
 //
-// Heads are computed one after the other, or two of 16 channels at once: groups of W = max(D, 32) channels. What belongs to
-// a group lies together, so that it stays in the second-level cache from its projection to its last gradient: beyond that
-// cache even products wait for memory.
+// Heads are computed in groups of W = max(D, 64) channels (32 where 64 do not divide C): products of 64 columns are the
+// fastest. What belongs to a group lies together, so that it stays in the second-level cache from its projection to its
+// last gradient: beyond that cache even products wait for memory.
 
 #pragma once
 #include <omp.h>
 
 #include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "products.h"
@@ -70,13 +71,23 @@ struct Layer {
   double* d_gamma;        // [1]
 
   int head() const { return C / H; }
-  int group() const { return std::max(head(), 32); }
+  int group() const { return std::max<int>(head(), C % 64 ? 32 : 64); }
 };
+
+// A vector at the start of a cache line: one that lies across two is read twice each time.
+template <class T> struct Lines {
+  using value_type = T;
+  T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+template <class T> using Operand = std::vector<T, Lines<T>>;
 
 // Weights as B operands, packed once per call.
 template <class E> struct Weights {
-  std::vector<E> qkv, out, qkv_back, out_back;  // qkv: by group
-  std::vector<float> bias;                      // of qkv, by group
+  Operand<E> qkv, out, qkv_back, out_back;  // qkv: by group
+  std::vector<float> bias;                  // of qkv, by group
   Weights(const Layer& l, bool backward) {
     const long C = l.C, W = l.group();
     std::vector<float> rows(3 * C * C);

@@ -190,7 +190,7 @@ class _NativeLayer(torch.autograd.Function):
         layer = _describe(states, inputs, kept, gamma, ctx.plan, ctx.valid, keep=True)
         C = states.shape[-1]
         own, frequency = inputs[5], inputs[7]
-        groups = C // max(C // ctx.plan.num_heads, 32)  # see layer.h
+        groups = C // max(C // ctx.plan.num_heads, 32 if C % 64 else 64)  # see layer.h
         out: dict[str, Tensor | None] = {
             "grad": grads[0].float().clone(memory_format=torch.contiguous_format),
             "d_stimulus": None if inputs[0] is None else torch.empty_like(states[0]),

@@ -102,8 +102,7 @@ inline void float_product(int M, int columns, int depth, const float* A, long ld
                           long ldo, Start start, const float* bias) {
   const long row = TURNED ? 1 : lda;
   int j = 0;
-  // Four panels at once where they stay in the first-level cache beside A.
-  for (; depth <= 128 && j + 64 <= columns; j += 64) {
+  for (; j + 64 <= columns; j += 64) {
     const float* b = B + j / 16 * panel;
     for (int i = 0; i < M;) {
       const int rest = M - i;  // a multiple of 4, or of 16 less sixes
@@ -116,7 +115,8 @@ inline void float_product(int M, int columns, int depth, const float* A, long ld
       }
     }
   }
-  for (; j + 32 <= columns; j += 32)
+  // A turned gives 16 rows in one cache line.
+  for (; !TURNED && j + 32 <= columns; j += 32)
     for (int i = 0; i < M; i += 8)
       block_product<8, 2, TURNED>(depth, A + i * row, lda, B + j / 16 * panel, panel, out + i * ldo + j, ldo, start,
                                   bias + j);

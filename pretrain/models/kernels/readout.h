@@ -45,15 +45,15 @@ template <class E> struct ReadoutScratch {
   }
 };
 
-template <class E> std::vector<E> packed_weight(const Readout& l) {
-  std::vector<E> w((size_t)l.n * l.O * l.C);
+template <class E> Operand<E> packed_weight(const Readout& l) {
+  Operand<E> w((size_t)l.n * l.O * l.C);
   Weights<E>::pack_rows(l.w, l.C, l.n * l.O, w.data());
   return w;
 }
 
 template <class E> void readout_forward(const Readout& l) {
   const long C = l.C, O = l.O, S = l.n * O;
-  const std::vector<E> w = packed_weight<E>(l);
+  const Operand<E> w = packed_weight<E>(l);
 #pragma omp parallel num_threads(l.threads)
   {
     arena.reserve(ReadoutScratch<E>::bytes(l));
@@ -97,8 +97,8 @@ inline void norms_back(const Readout& l, float* y, const float* g, float* d_b) {
 
 template <class E> void readout_backward(const Readout& l) {
   const long C = l.C, S = l.n * l.O;
-  const std::vector<E> w = packed_weight<E>(l);
-  std::vector<E> back(S * C);
+  const Operand<E> w = packed_weight<E>(l);
+  Operand<E> back(S * C);
   pack(l.w, C, S, C, back.data());
 #pragma omp parallel num_threads(l.threads)
   {

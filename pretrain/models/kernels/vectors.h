@@ -14,6 +14,8 @@ namespace {
 typedef uint16_t bf16;
 typedef __m512 vec;
 
+constexpr float NEVER = -1e30f;  // a logit whose power of 2 is zero, finite for exp2v
+
 inline vec splat(float a) { return _mm512_set1_ps(a); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
@@ -39,9 +41,8 @@ inline vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 inline vec swap_halves(vec a) { return _mm512_shuffle_f32x4(a, a, 0x4e); }
 inline vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }
 
-// 2^x; relative error 1e-7 (float) or 4e-5 (bf16, whose own rounding is 4e-3).
+// 2^x of finite x; relative error 1e-7 (float) or 4e-5 (bf16, whose own rounding is 4e-3).
 template <class E> inline vec exp2v(vec x) {
-  x = _mm512_max_ps(x, splat(-200.f));
   vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   vec f = _mm512_sub_ps(x, whole);
   vec p;
