@@ -78,6 +78,8 @@ def _read(run: Path) -> dict[str, Any]:
             images = result["models"][0]["scores"]["fg_ari"].get("images", [])
             data = result["protocol"]["data_fingerprint"]
         commits.append(str(result["commit"]))
+    if "random" in beside:  # a control of this run's own network: a column, not a row that all share
+        scores |= {f"{name} of random weights": score for name, score in beside.pop("random").items()}
     if not scores:
         raise UserError(f"{run} holds no results of object discovery or a probe: evaluate it first")
     return {"scores": scores, "images": images, "data": data, "beside": beside, "commits": commits}

@@ -54,13 +54,15 @@ def test_means_spreads_and_differences_over_seeds(tmp_path: Path) -> None:
     assert difference["difference"] == pytest.approx(-0.21)
     # all images differ by the same, so that the interval holds the seeds alone: all of them the worst, all the best
     assert (difference["low"], difference["high"]) == pytest.approx((-0.22, -0.20), abs=2e-3)
-    assert [row["name"] for row in table["beside"]] == ["random", "one segment"]
+    assert [row["name"] for row in table["beside"]] == ["one segment"]
+    assert none["scores"]["FG-ARI of random weights"]["mean"] == pytest.approx(base.mean() / 4)
 
     lines = comparison.markdown(table).splitlines()
-    assert lines[0] == "|  | seeds | FG-ARI | MBO | FG-ARI against the first |"
+    own = " | ".join(f"{name} of random weights" for name in ("FG-ARI", "MBO"))
+    assert lines[0] == f"|  | seeds | FG-ARI | MBO | {own} | FG-ARI against the first |"
     assert f"| {100 * full['scores']['FG-ARI']['mean']:.1f} \N{PLUS-MINUS SIGN} 1.0 |" in lines[2]
     assert lines[3].endswith("| -21.0 (-22.0 to -20.0) |")
-    assert lines[-1] == "| one segment |  | 0.0 | 10.0 |  |"
+    assert lines[-1] == "| one segment |  | 0.0 | 10.0 |  |  |  |"
 
 
 def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
@@ -81,7 +83,16 @@ def test_evaluations_under_a_name_of_their_own_are_columns_of_their_own(tmp_path
     other.write_text(json.dumps(discovery("a", np.full(IMAGES, 0.6))))
     (row,) = comparison.collect([run])["rows"]
     assert {name: score["mean"] for name, score in row["scores"].items()} == pytest.approx(
-        {"FG-ARI": 0.5, "MBO": 0.25, "FG-ARI, uptile 4": 0.6, "MBO, uptile 4": 0.3}
+        {
+            "FG-ARI": 0.5,
+            "MBO": 0.25,
+            "FG-ARI, uptile 4": 0.6,
+            "MBO, uptile 4": 0.3,
+            "FG-ARI of random weights": 0.125,
+            "MBO of random weights": 0.0625,
+            "FG-ARI, uptile 4 of random weights": 0.15,
+            "MBO, uptile 4 of random weights": 0.075,
+        }
     )
 
 
