@@ -43,7 +43,7 @@ def test_there_are_tables() -> None:
 def test_every_figure_stands_in_its_results_file(source: str, table: str) -> None:
     numbers = list(_figures(json.loads((DOCS / source).read_text())))
     known = {f"{factor * number:.1f}" for factor in TO_PERCENT.get(source, (100,)) for number in numbers}
-    figures = NUMBER.findall(table)
+    figures = NUMBER.findall(re.sub(r"(?m)^\|[^|]*", "", table))  # without the names of the rows
     assert figures
     assert set(figures) <= known
 
