@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,19 @@ def name_of(base: str, overrides: Sequence[str]) -> str:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Names and values at the ends of nested mappings."""
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        for inner, leaf in value.items():
+            yield from _leaves(str(inner), leaf)
+    else:
         yield name, value
-    for inner, leaf in value.items() if isinstance(value, dict) else ():
-        yield from _leaves(str(inner), leaf)
 
 
 def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[PretrainConfig]:
-    """The configuration of every run of a sweep, checked."""
+    """The configuration of every run of a sweep, checked.
+
+    Raises:
+        UserError: a value is wrong, or two runs would share a folder.
+    """
     base = load(config_name, overrides)
     if not isinstance(base, PretrainConfig):
         raise UserError(f"--sweep is for training runs; {config_name} is a {base.job}")
@@ -85,6 +91,9 @@ def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[
         config = load(config_name, [*overrides, *chosen, f"name={name_of(base.name, chosen)}"])
         assert isinstance(config, PretrainConfig)
         runs.append(config)
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise UserError(f"--sweep: {count} runs would be called {name}; launch them one by one with name=...")
     return runs
 
 

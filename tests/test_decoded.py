@@ -118,10 +118,23 @@ def test_shards_written_again_are_decoded_anew(tmp_path: Path, calls: list[int])
     assert len(calls) == sum(SIZES)
 
 
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b"", lambda b: b[:100], lambda b: b[:-9], lambda b: b + b"1", lambda b: b[:-1] + bytes([b[-1] ^ 1])],
-    ids=["empty", "header", "cut", "longer", "a bit"],
+    [
+        lambda b: b"",
+        lambda b: b[:100],
+        lambda b: b[:-9],
+        lambda b: b + b"1",
+        lambda b: flipped(b, len(b) - 1),
+        lambda b: flipped(b, 8 + int.from_bytes(b[:8], "little")),  # the first byte behind the header
+        lambda b: b.replace(b'"checksum"', b'"checksun"'),
+        lambda b: b.replace(b'"names"', b'"nanes"'),
+    ],
+    ids=["empty", "header", "cut", "longer", "a bit of the pixels", "a bit of the tables", "no checksum", "no names"],
 )
 def test_a_damaged_file_is_replaced(shards: Path, calls: list[int], damage: Callable[[bytes], bytes]) -> None:
     keep(shards)

@@ -192,6 +192,8 @@ def test_runs_of_a_sweep_over_models_are_named_by_what_differs(place: Path) -> N
     ]
     with pytest.raises(UserError, match="not valid YAML"):
         sweep.configurations("run.yaml", [], ["model={name: }}"])
+    with pytest.raises(UserError, match="2 runs would be called r_lr-1e-3"):
+        sweep.configurations("run.yaml", [], ["optimizer.lr=1e-3,1e-3"])
 
 
 def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(

@@ -24,6 +24,7 @@ from pretrain.data.index import ShardIndex
 
 FORMAT = "decoded-1"  # another one when the same file would be decoded to other pixels
 DECODERS = ("pillow", "simplejpeg")
+ARRAYS = ("table", "first", "memory")  # of Decoded
 MOST_BYTES = 1 << 30  # a larger set is not worth a second copy of it on the disk
 
 
@@ -64,19 +65,18 @@ def load(path: Path, key: str) -> Decoded | None:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            table, first, memory = (file.get_tensor(name) for name in ("table", "first", "memory"))
-    except (OSError, SafetensorError):
+            decoded = Decoded(json.loads(metadata["names"]), *(file.get_tensor(name) for name in ARRAYS))
+    except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    whole = metadata["checksum"] == _checksum(memory)
-    return Decoded(json.loads(metadata["names"]), table, first, memory) if whole else None
+    return decoded if metadata.get("checksum") == _checksum(decoded) else None
 
 
 def store(path: Path, key: str, decoded: Decoded) -> None:
     """Write for the next start; does nothing for a large set, in a folder that is read-only, or on a full disk."""
     if decoded.memory.nbytes > MOST_BYTES:
         return
-    arrays = {"table": decoded.table, "first": decoded.first, "memory": decoded.memory}
-    metadata = {"key": key, "names": json.dumps(decoded.names), "checksum": _checksum(decoded.memory)}
+    arrays = {name: getattr(decoded, name) for name in ARRAYS}
+    metadata = {"key": key, "names": json.dumps(decoded.names), "checksum": _checksum(decoded)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     with contextlib.suppress(OSError):
         partial.write_bytes(save(arrays, metadata))
@@ -85,5 +85,8 @@ def store(path: Path, key: str, decoded: Decoded) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _checksum(memory: np.ndarray) -> str:
-    return f"{zlib.crc32(memory.data):08x}"
+def _checksum(decoded: Decoded) -> str:
+    checksum = 0
+    for name in ARRAYS:
+        checksum = zlib.crc32(np.ascontiguousarray(getattr(decoded, name)).data, checksum)
+    return f"{checksum:08x}"
