@@ -58,11 +58,12 @@ def _split(values: str) -> list[str]:
 def name_of(base: str, overrides: Sequence[str]) -> str:
     """Name of one run of a sweep: the last part of each key and its value behind the configuration's name.
 
-    `model={name: itrsa, args: {n: 2}}` becomes itrsa_n-2: mappings give their leaves, and names stand for themselves.
+    `model={name: itrsa, args: {n: 2}}` becomes itrsa_n-2: mappings give their leaves, names stand for themselves, and
+    the numbers of a list are joined by hyphens.
     """
     words = []
     for key, _, value in (item.partition("=") for item in overrides):
-        leaves = _leaves(key.rpartition(".")[2], yaml.safe_load(value) if value.startswith("{") else value)
+        leaves = _leaves(key.rpartition(".")[2], yaml.safe_load(value) if value.startswith(("{", "[")) else value)
         words += [str(leaf) if name == "name" else f"{name}-{leaf}" for name, leaf in leaves]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([base, *words])).strip("-")
 
@@ -73,7 +74,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for inner, leaf in value.items():
             yield from _leaves(str(inner), leaf)
     else:
-        yield name, value
+        yield name, "-".join(map(str, value)) if isinstance(value, list) else value
 
 
 def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[PretrainConfig]:

@@ -33,9 +33,11 @@ def changes(old: PretrainConfig, new: PretrainConfig) -> list[Change]:
     found: list[Change] = []
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
-        allowed = name in PretrainConfig.changeable or bool(getattr(before, "may_change_on_resume", False))
-        pairs = _leaves(name, _plain(before), _plain(after))
-        found += [Change(key, one, other, allowed) for key, one, other in pairs if one != other]
+        section = bool(getattr(before, "may_change_on_resume", False))
+        for key, one, other in _leaves(name, _plain(before), _plain(after)):
+            if one != other:
+                allowed = section or not PretrainConfig.changeable.isdisjoint((name, key))
+                found.append(Change(key, one, other, allowed))
     return found
 
 

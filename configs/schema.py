@@ -217,8 +217,9 @@ class PretrainConfig(Section):
     cluster: Cluster = Cluster()
     downstream: tuple[DownstreamJob, ...] = Field((), description="jobs to run on the result, in order")
 
-    # Keys at the top level that a resumed run may change.
-    changeable: ClassVar[frozenset[str]] = frozenset({"steps", "epochs", "downstream", "runs_dir"})
+    # Keys outside such sections that a resumed run may change. Data may lie elsewhere: their fingerprint tells whether
+    # they are the same.
+    changeable: ClassVar[frozenset[str]] = frozenset({"steps", "epochs", "downstream", "runs_dir", "data.shards"})
 
     @model_validator(mode="after")
     def _check_across(self) -> PretrainConfig:

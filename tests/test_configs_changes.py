@@ -27,6 +27,11 @@ def test_what_is_computed_differently_may_change() -> None:
     assert all(change.allowed for change in found)
 
 
+def test_data_may_have_moved() -> None:
+    found = check_resume(config(), config("data.shards=/elsewhere/train"), "runs/q")
+    assert [(change.key, change.new) for change in found] == [("data.shards", "/elsewhere/train")]
+
+
 @pytest.mark.parametrize(
     "override",
     ["batch_size=64", "seed=1", "optimizer.lr=0.5", "model.args.num_steps=4", "data.window=3", "task.temperature=0.2"],

@@ -190,6 +190,7 @@ def test_runs_of_a_sweep_over_models_are_named_by_what_differs(place: Path) -> N
         "r_itrsa_nano_patch4_32_seed-1",
         "r_akorn_nano_patch4_32_coupling-none_n-2_seed-1",
     ]
+    assert sweep.name_of("r", ["views.jitter=[0.8, 0.5]", "seed=1"]) == "r_jitter-0.8-0.5_seed-1"
     with pytest.raises(UserError, match="not valid YAML"):
         sweep.configurations("run.yaml", [], ["model={name: }}"])
     with pytest.raises(UserError, match="2 runs would be called r_lr-1e-3"):

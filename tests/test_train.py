@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from pretrain import checkpoint
+from pretrain import checkpoint, resume
+from pretrain.distributed import Ranks
 from tests.standin import run_ranks
 from tests.standin_run import events, final_weights, replace_seams, rows, run_standin
 
@@ -121,6 +122,15 @@ def test_finished_run_can_be_extended_and_nothing_else_changed(tmp_path: Path, u
     assert bitwise(tmp_path / "short", tmp_path / "long")
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         run_standin(tmp_path / "short", {"steps": 22, **constant, "optimizer": {"lr": 2e-2}})
+
+
+def test_other_samples_are_refused_wherever_they_lie(undisturbed: Path) -> None:
+    snapshot = resume.find(undisturbed, Ranks(0, 1, 0, torch.device("cpu")), lambda *_, **__: None)
+    assert snapshot is not None
+    snapshot.state["data_fingerprint"] = "a" * 64
+    resume.check_data(snapshot, "a" * 64)
+    with pytest.raises(UserError, match=r"no longer those that this run began with.*init_from"):
+        resume.check_data(snapshot, "b" * 64)
 
 
 def test_bad_step_is_skipped_and_its_samples_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
