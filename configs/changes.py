@@ -25,7 +25,7 @@ class Change:
     allowed: bool
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
+        return f"{self.key}: {_brief(self.old)} -> {_brief(self.new)}"
 
 
 def changes(old: PretrainConfig, new: PretrainConfig) -> list[Change]:
@@ -34,7 +34,7 @@ def changes(old: PretrainConfig, new: PretrainConfig) -> list[Change]:
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
         section = bool(getattr(before, "may_change_on_resume", False))
-        for key, one, other in _leaves(name, _plain(before), _plain(after)):
+        for key, one, other in _leaves(name, before, after):
             if one != other:
                 allowed = section or not PretrainConfig.changeable.isdisjoint((name, key))
                 found.append(Change(key, one, other, allowed))
@@ -61,14 +61,24 @@ def check_resume(old: PretrainConfig, new: PretrainConfig, where: str) -> list[C
     return found
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, Section) else value
-
-
 def _leaves(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """Pairs of values by dotted key; where the two have different shapes, the pair above is given as a whole."""
-    if isinstance(old, dict) and isinstance(new, dict):
+    if type(old) is not type(new):
+        yield key, old, new
+    elif isinstance(old, Section):
+        yield from _leaves(key, dict(old), dict(new))
+    elif isinstance(old, dict):
         for name in [*old, *(name for name in new if name not in old)]:
             yield from _leaves(f"{key}.{name}", old.get(name), new.get(name))
+    elif isinstance(old, tuple) and len(old) == len(new) and any(isinstance(item, Section) for item in old):
+        for i, (before, after) in enumerate(zip(old, new)):
+            yield from _leaves(f"{key}.{i}", before, after)
     else:
         yield key, old, new
+
+
+def _brief(value: Any) -> str:
+    """A value in a line: jobs by their names."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_brief, value))}]"
+    return str(getattr(value, "job", value))

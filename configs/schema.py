@@ -217,9 +217,11 @@ class PretrainConfig(Section):
     cluster: Cluster = Cluster()
     downstream: tuple[DownstreamJob, ...] = Field((), description="jobs to run on the result, in order")
 
-    # Keys outside such sections that a resumed run may change. Data may lie elsewhere: their fingerprint tells whether
-    # they are the same.
-    changeable: ClassVar[frozenset[str]] = frozenset({"steps", "epochs", "downstream", "runs_dir", "data.shards"})
+    # Keys outside such sections that a resumed run may change. A run may be renamed, and its data may lie elsewhere:
+    # their fingerprint tells whether they are the same.
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"name", "runs_dir", "steps", "epochs", "downstream", "data.shards"}
+    )
 
     @model_validator(mode="after")
     def _check_across(self) -> PretrainConfig:

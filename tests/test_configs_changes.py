@@ -27,9 +27,16 @@ def test_what_is_computed_differently_may_change() -> None:
     assert all(change.allowed for change in found)
 
 
-def test_data_may_have_moved() -> None:
-    found = check_resume(config(), config("data.shards=/elsewhere/train"), "runs/q")
-    assert [(change.key, change.new) for change in found] == [("data.shards", "/elsewhere/train")]
+def test_run_and_data_may_have_moved() -> None:
+    found = check_resume(config(), config("data.shards=/elsewhere/train", "name=other"), "runs/q")
+    assert [(change.key, change.new) for change in found] == [("name", "other"), ("data.shards", "/elsewhere/train")]
+
+
+def test_changed_jobs_are_told_by_name_or_by_what_differs_in_them() -> None:
+    none, probe = config("downstream=[]"), config("downstream=[{job: linear_probe, train: a, data: b}]")
+    other = config("downstream=[{job: linear_probe, train: a, data: b, images: 9}]")
+    assert [str(change) for change in changes(none, probe)] == ["downstream: [] -> [linear_probe]"]
+    assert [str(change) for change in changes(probe, other)] == ["downstream.0.images: None -> 9"]
 
 
 @pytest.mark.parametrize(
