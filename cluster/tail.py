@@ -72,4 +72,5 @@ def last_lines(path: Path, count: int) -> list[str]:
                 data = file.read(end - start)
     except OSError:
         return []
-    return data.decode("utf-8", "replace").splitlines()[-count:]
+    lines = data.decode("utf-8", "replace").splitlines()
+    return lines[max(0, len(lines) - count) :]

@@ -45,6 +45,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(_at(self.name, key_node) + "a list or mapping stands where a key is expected")
             if key_node.value in seen:
                 raise UserError(_at(self.name, key_node) + f"the key {key_node.value!r} stands twice; remove one")
             seen.add(key_node.value)
@@ -120,20 +122,22 @@ def _shown(path: Path) -> str:
 def _parse(text: str, source: str) -> _Document:
     loader = _StrictLoader(text)
     loader.name = source
+    places: dict[KeyPath, str] = {}
     try:
         node = loader.get_single_node()
         data = loader.construct_document(node) if node is not None else {}
+        if node is not None:
+            _collect_places(node, (), source, places)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except RecursionError:
+        raise UserError(f"{source}: is nested too deeply, or holds itself by an anchor") from None
     finally:
         loader.dispose()
     if not isinstance(data, dict):
         raise UserError(f"{source}: expected `key: value` lines, found {type(data).__name__}")
-    places: dict[KeyPath, str] = {}
-    if node is not None:
-        _collect_places(node, (), source, places)
     return _Document(source, data, places)
 
 
@@ -167,7 +171,8 @@ def _enter(target: Any, part: str | int, where: str, **assign: Any) -> Any:
     """One step down a key path; with `value` given, set it there."""
     if isinstance(target, list):
         if not isinstance(part, int) or part >= len(target):
-            raise UserError(f"{where}: is a list of {len(target)}; give a position from 0 to {len(target) - 1}")
+            positions = f"; give a position from 0 to {len(target) - 1}" if target else ", which has no positions"
+            raise UserError(f"{where}: is a list of {len(target)}{positions}")
     elif isinstance(target, dict):
         part = str(part)
         if "value" not in assign and target.get(part) is None:
@@ -198,9 +203,9 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> AnyJob:
 def validate(document: _Document) -> AnyJob:
     """Check plain data against the schema of its `job` (pretrain where it has none)."""
     job = document.data.get("job", "pretrain")
-    if job not in JOBS:
+    if str(job) not in JOBS:
         raise UserError(f"{document.place(('job',))}: job: {job!r} is no job" + nearest(str(job), list(JOBS)))
-    return check(JOBS[job], document)
+    return check(JOBS[str(job)], document)
 
 
 def check(schema: type[Any], document: _Document) -> Any:

@@ -38,7 +38,7 @@ class SudokuTask(Section):
 
 def _task_name(value: Any) -> str:
     """The discriminator of the union: the key `name`, simclr where it is left out."""
-    return value.get("name", "simclr") if isinstance(value, dict) else value.name
+    return value.get("name", "simclr") if isinstance(value, dict) else getattr(value, "name", "simclr")
 
 
 AnyTask = Annotated[

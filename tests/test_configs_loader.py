@@ -67,6 +67,10 @@ def test_frozen(small: Path) -> None:
         ("optimizer.lr=-1", "greater than 0"),
         ("batch_size=1.5", "valid integer, not 1.5"),
         ("batch_size=on", 'not "on"'),
+        ("task=classify", 'an object, not "classify"'),
+        ("job=[pretrain]", "is no job"),
+        ("name={{name}}", "a list or mapping stands where a key is expected"),
+        ("downstream.0.data=x", "is a list of 0, which has no positions"),
         ("task.name=simclear", "none of 'simclr', 'classify', 'sudoku'"),
         ("model.name=akorn_nano_patch4_23", "did you mean 'akorn_nano_patch4_32'"),
         ("epochs=3", "one of the two"),
@@ -78,7 +82,7 @@ def test_frozen(small: Path) -> None:
 )
 def test_errors_name_place_and_remedy(small: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        load(small, ["seed=3", override])
+        load(small, ["seed=3", "downstream=[]", override])
     assert expected in str(caught.value)
     assert override in str(caught.value) or str(small) in str(caught.value)
 
@@ -89,6 +93,7 @@ def test_errors_name_place_and_remedy(small: Path, override: str, expected: str)
         ("seed: 1\nseed: 2\n", "small.yaml:11: the key 'seed' stands twice"),
         ("optimizer:\n  learning_rate: 1\n", "small.yaml:11: optimizer.learning_rate: unknown key"),
         ("optimizer: {lr: [}\n", "small.yaml:10: not valid YAML"),
+        ("init_from: &a [*a]\n", "small.yaml: is nested too deeply, or holds itself"),
         ("seed: 2020-01-01\n", "small.yaml:10: seed: input should be a valid integer"),
     ],
 )

@@ -44,6 +44,7 @@ def test_the_last_lines_of_a_long_file(tmp_path: Path) -> None:
     write(path, *({"step": step, "text": "x" * 100} for step in range(5000)))
     assert [row["step"] for row in last_rows(path, 3)] == [4997, 4998, 4999]
     assert len(last_lines(path, 7)) == 7
+    assert last_lines(path, 0) == []
     assert last_lines(tmp_path / "none", 3) == []
 
 
