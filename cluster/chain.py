@@ -147,7 +147,15 @@ def _changed(link: Link, before: Submission) -> bool:
     stored = load(before.folder / "config.yaml")
     if isinstance(link.config, PretrainConfig) and isinstance(stored, PretrainConfig):
         return (stored.steps, stored.epochs) != (link.config.steps, link.config.epochs)
-    return stored != link.config
+    return type(stored) is not type(link.config) or _essence(stored) != _essence(link.config)
+
+
+def _essence(config: AnyJob) -> AnyJob:
+    """An evaluation without what changes nothing of its result: its resources, and where its own run lies."""
+    assert not isinstance(config, PretrainConfig)
+    is_own = config.out == f"{config.ckpt}/downstream/{config.name}"
+    place = {"ckpt": None, "out": None} if is_own else {}
+    return config.model_copy(update={"cluster": Cluster(), "runs_dir": "", **place})
 
 
 def submit(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import slurm
-from cluster.locate import shown
+from cluster.locate import command_on, shown
 from cluster.process import alive
 from cluster.state import WAITING, states
 from cluster.submission import Submission, latest
@@ -41,7 +41,7 @@ def cancel(home: Path, *, now: bool) -> int:
     current = states(links)
     under_way = [link for link in links if current[link].name in WAITING]
     if not under_way:
-        raise UserError(f"{shown(home)}: nothing is queued or running; see python cluster/launch.py status {home.name}")
+        raise UserError(f"{shown(home)}: nothing is queued or running; see {command_on('status', home)}")
     for link in under_way:
         link.cancel_file.touch()
         if current[link].name == "running" and not now:

@@ -226,5 +226,6 @@ def record(
             processes=resources.processes,
             max_restarts=max_restarts,
             after=tuple(other.folder.name for other in after),
+            folder=str(submission.folder.absolute()),
         )
     )

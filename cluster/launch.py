@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from cluster import control, launching, status
-from cluster.locate import shown
+from cluster.locate import command_on, shown
 from configs import UserError, load
 from configs.errors import run
 
@@ -79,7 +79,7 @@ def _status(argv: Sequence[str]) -> int:
     status.print_table(("job", "state", "where", "restarts", "progress"), rows)
     print(f"last event: {status.last_event(home)}\nfolder: {shown(home)}")
     if status.broke(rows):
-        print(f"go on: python cluster/launch.py resume {launching.resume_name(home)}")
+        print(f"go on: {command_on('resume', home)}")
     return 0
 
 
@@ -111,7 +111,7 @@ def _resume(argv: Sequence[str]) -> int:
     parser.add_argument("--detach", action="store_true", help="submit and return")
     arguments = parser.parse_intermixed_args(argv)
     home = status.find_home(arguments.run, arguments.runs_dir)
-    config = load(launching.config_file(home), arguments.overrides)
+    config = launching.config_to_resume(home, arguments.overrides)
     return launching.launch(config, dry_run=arguments.dry_run, detach=arguments.detach, home=home)
 
 

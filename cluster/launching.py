@@ -5,19 +5,21 @@ Owns: their order, and what is printed between them.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster import chain, control, executor, preflight, snapshot
 from cluster.chain import PRETRAIN, Link
-from cluster.locate import located, shown
+from cluster.locate import command_on, located, shown
 from cluster.plan import describe, describe_resources, plan_of
 from cluster.resources import Resources, resolve
 from cluster.state import WAITING, State, states
 from cluster.submission import Submission, hold, latest, submissions, write_atomically
 from configs import AnyJob, PretrainConfig, UserError, dump, load
-from configs.changes import Change, check_resume
+from configs.changes import Change, changes, check_resume
+from configs.schema import RUN_NAME
 
 
 def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = None) -> int:
@@ -46,12 +48,12 @@ def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = N
         if check.level == "warning":
             print(f"warning: {check.text}", file=sys.stderr)
     if not wanted:
-        print(f"{shown(home)} is finished; a longer run: python cluster/launch.py resume {home.name} steps=...")
+        print(f"{shown(home)} is finished; a longer run: {command_on('resume', home)} steps=...")
         return 0
     submitted = submit(config, home, wanted, past, now)
     announce(config, home, submitted, each, changed)
     if detach:
-        print(f"follow: python cluster/launch.py status {resume_name(home)} -f")
+        print(f"follow: {command_on('status', home)} -f")
         return 0
     return watch(home, submitted)
 
@@ -60,7 +62,7 @@ def check_folder(config: AnyJob, home: Path) -> list[Change]:
     """Whether the configuration may go on with what lies in the folder. Returns what has changed.
 
     Raises:
-        UserError: the run is running, or was begun with other settings.
+        UserError: what was saved there is another training's.
     """
     stored = home / "config.yaml"
     if not isinstance(config, PretrainConfig) or not stored.is_file():
@@ -69,7 +71,8 @@ def check_folder(config: AnyJob, home: Path) -> list[Change]:
     if not isinstance(old, PretrainConfig):
         raise UserError(f"{shown(home)} holds another kind of job ({old.job}); choose another name=")
     moved = old.model_copy(update={"runs_dir": config.runs_dir, "name": config.name})
-    return check_resume(moved, config, shown(home))
+    is_begun = any((home / "checkpoints").glob("*step_*")) or (home / "export").exists()
+    return check_resume(moved, config, shown(home)) if is_begun else changes(moved, config)
 
 
 def what_is_missing(
@@ -90,8 +93,7 @@ def what_is_missing(
         name, state = running[0]
         raise UserError(
             f"{shown(home)} is {state.name} already: {name}, {state.where}\n"
-            f"       follow it: python cluster/launch.py status {home.name} -f    "
-            f"end it: python cluster/launch.py cancel {home.name}"
+            f"       follow it: {command_on('status', home)} -f    end it: {command_on('cancel', home)}"
         )
     return wanted, past, now
 
@@ -105,9 +107,7 @@ def submit(
     with hold(home):
         # Between the checks and here, another launcher may have been faster.
         if any(one.link in names and one != past.get(one.link) for one in latest(home).values()):
-            raise UserError(
-                f"{shown(home)}: another launch was faster; see python cluster/launch.py status {home.name}"
-            )
+            raise UserError(f"{shown(home)}: another launch was faster; see {command_on('status', home)}")
         if isinstance(config, PretrainConfig):
             write_atomically(home / "config.yaml", dump(config))
         for link in wanted:
@@ -187,23 +187,18 @@ def watch(home: Path, submitted: Sequence[Submission] | None = None) -> int:
     if all(state.name == "finished" for state in final.values()):
         point_to_results(home, links)
         return 0
-    print(f"go on from where it broke: python cluster/launch.py resume {resume_name(home)}")
+    print(f"go on from where it broke: {command_on('resume', home)}")
     return 1
 
 
 def _interrupted(home: Path, links: Sequence[Submission]) -> int:
     if not control.is_local(links):
-        print(f"\nno longer following; the job goes on. python cluster/launch.py status {home.name}")
+        print(f"\nno longer following; the job goes on. {command_on('status', home)}")
         return 0
     print("\nsaving and stopping; Ctrl-C again to end at once", flush=True)
     control.stop_local(links)
-    print(f"stopped; go on with: python cluster/launch.py resume {resume_name(home)}")
+    print(f"stopped; go on with: {command_on('resume', home)}")
     return 130
-
-
-def resume_name(home: Path) -> str:
-    """What `resume` needs to find the run from here."""
-    return home.name if home.parent.absolute() == Path("runs").absolute() else shown(home)
 
 
 def planned_steps(home: Path) -> int | None:
@@ -228,6 +223,23 @@ def point_to_results(home: Path, links: Sequence[Submission]) -> None:
                 print(f"  {shown(path)}")
 
 
+def config_to_resume(home: Path, overrides: Sequence[str]) -> AnyJob:
+    """The configuration to resume, under the name and at the place that the folder has now.
+
+    Raises:
+        UserError: the overrides would give it others.
+    """
+    if any(override.startswith(("name=", "runs_dir=")) for override in overrides):
+        raise UserError(
+            f"{shown(home)} goes on where it lies; another run from here on: copy the folder and resume the copy"
+        )
+    config = load(config_file(home), overrides)
+    if not isinstance(config, PretrainConfig):
+        return config
+    name = home.name if re.fullmatch(RUN_NAME, home.name) else config.name
+    return config.model_copy(update={"name": name, "runs_dir": str(home.parent)})
+
+
 def config_file(home: Path) -> Path:
     """The configuration to resume: the run's, or that of the evaluation the folder belongs to.
 
@@ -248,7 +260,7 @@ def print_dry_run(
     """The resolved configuration, the plan, the checks, and what would be submitted."""
     print(dump(config))
     if isinstance(config, PretrainConfig):
-        for label, text in describe(config, plan_of(config, each[PRETRAIN])):
+        for label, text in describe(config, home, plan_of(config, each[PRETRAIN])):
             print(f"{label:12}{text}")
     for link in wanted:
         waits = f", after {', '.join([*link.needs, *link.after])}" if link.needs else ""

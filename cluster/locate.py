@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from configs import AnyJob
@@ -72,3 +74,9 @@ def shown(path: str | os.PathLike[str]) -> str:
     """A path as a person would write it: relative to here where that is inside."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+def command_on(command: str, home: Path) -> str:
+    """The command on a run, as it works from here: by the run's name where that finds it."""
+    found = home.absolute().parent == Path("runs").absolute()
+    return f"python cluster/launch.py {command} {shlex.quote(home.name if found else shown(home))}"

@@ -75,7 +75,7 @@ def describe_resources(resources: Resources) -> str:
     return f"{where}{partition}: {nodes}{processes}{gpus}{cores}"
 
 
-def describe(config: PretrainConfig, plan: Plan) -> list[tuple[str, str]]:
+def describe(config: PretrainConfig, home: Path, plan: Plan) -> list[tuple[str, str]]:
     """Label and text of each line of the plan."""
     chunks = f" in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
     samples = "samples counted when the job starts" if plan.samples is None else f"{plan.samples:,} samples"
@@ -83,7 +83,7 @@ def describe(config: PretrainConfig, plan: Plan) -> list[tuple[str, str]]:
     epochs = "" if plan.epochs is None else f" = {plan.epochs:.4g} epochs"
     shards = config.data.shards if isinstance(config.data.shards, str) else f"{len(config.data.shards)} shards"
     return [
-        ("run", shown(config.run_dir)),
+        ("run", shown(home)),
         ("model", config.model.name),
         ("data", f"{shown(shards) if isinstance(config.data.shards, str) else shards} ({samples})"),
         ("batch", f"{config.batch_size} = {plan.world_size} x {plan.batch_per_process}{chunks}"),

@@ -55,6 +55,8 @@ def _state(submission: Submission, record: Record | None, entries: Mapping[str, 
     outcome = submission.outcome()
     if outcome is not None:
         return State(outcome.status, _where(record), outcome.reason)
+    if submission.is_copy(record):
+        return State("lost", _where(record), f"the job is that of {record.folder}, of which this is a copy")
     if record.executor == "slurm":
         return _slurm_state(record, entries.get(record.job_id))
     return _local_state(submission, record)

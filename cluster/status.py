@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.locate import shown
+from cluster.locate import absolute, shown
 from cluster.progress import Progress, duration, event_text
 from cluster.state import WAITING, State, states
 from cluster.submission import Submission, latest
@@ -37,9 +37,10 @@ def find_home(name: str, runs_dir: str) -> Path:
     Raises:
         UserError: there is none; names the nearest.
     """
-    for candidate in (Path(runs_dir) / name, Path(name)):
-        if (candidate / "jobs").is_dir():
-            return candidate
+    for candidate in (os.path.join(runs_dir, name), name):
+        home = Path(absolute(candidate))
+        if (home / "jobs").is_dir():
+            return home
     from configs.models import nearest
 
     known = [shown(home) if home.parent != Path(runs_dir) else home.name for home in homes(runs_dir)]

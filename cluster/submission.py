@@ -80,6 +80,7 @@ class Record:
     processes: int  # per node
     max_restarts: int  # restarts without progress before giving up
     after: tuple[str, ...] = ()  # folder names of the submissions it waits for
+    folder: str = ""  # its own folder then
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class Submission:
         except FileNotFoundError:
             return None
         return Record(**{**data, "after": tuple(data["after"])})
+
+    def is_copy(self, record: Record) -> bool:
+        """Whether the run's folder was copied, so that the job belongs to another run."""
+        origin = Path(record.folder)
+        return bool(record.folder) and origin.is_dir() and not origin.samefile(self.folder)
 
     def outcome(self) -> Outcome | None:
         try:

@@ -18,7 +18,7 @@ import yaml
 from cluster import chain, executor, launching, snapshot
 from cluster.chain import PRETRAIN
 from cluster.job import Job
-from cluster.locate import located, shown
+from cluster.locate import command_on, located, shown
 from cluster.preflight import checks, stop_on_errors, stop_on_missing_data
 from cluster.resources import Resources, resolve
 from cluster.state import State
@@ -127,7 +127,7 @@ def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> in
     homes = [Path(config.run_dir) for config in configs]
     for config, home in zip(configs, homes):
         if (home / "jobs").exists():
-            raise UserError(f"{shown(home)} exists; go on with: python cluster/launch.py resume {home.name}")
+            raise UserError(f"{shown(home)} exists; go on with: {command_on('resume', home)}")
         stop_on_missing_data(config)
         links = chain.links(config, home, in_sequence=False)
         stop_on_errors(checks(config, home, links, chain.resources_of(links)))

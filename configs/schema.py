@@ -190,11 +190,14 @@ class Observers(Section):
     images: PositiveInt = Field(256, description="images used at most")
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
 class PretrainConfig(Section):
     """A training run. The global batch and the number of steps define it; cluster and compute say how it is done."""
 
     job: Literal["pretrain"] = Field("pretrain", description="what this file describes")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is RUNS_DIR/NAME")
+    name: str = Field(pattern=RUN_NAME, description="the run's folder is RUNS_DIR/NAME")
     runs_dir: str = Field("runs", description="folder of all runs")
     seed: NonNegativeInt = Field(0, description="decides initial weights, order, views and oscillators")
     init_from: str | None = Field(None, description="run, checkpoint or export whose weights a new run starts from")

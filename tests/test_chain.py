@@ -105,8 +105,16 @@ def test_what_is_configured_otherwise_runs_again(tmp_path: Path) -> None:
         return [link.name for link in chain.missing(now, before, states)]
 
     assert missing(downstream=[{"job": "linear_probe"}]) == []
+    assert missing(downstream=[{"job": "linear_probe"}], cluster={"partition": "other"}) == []
     assert missing(downstream=[{"job": "linear_probe", "seed": 3}]) == ["linear_probe", "report"]
     assert missing(downstream=[{"job": "linear_probe"}], steps=3) == ["pretrain", "linear_probe", "report"]
+
+
+def test_a_run_that_was_moved_keeps_its_results(tmp_path: Path) -> None:
+    links = chain.links(config(), Path("/runs/r"), in_sequence=False)
+    before = past(tmp_path, links)
+    moved = chain.links(config(name="s"), tmp_path, in_sequence=False)
+    assert chain.missing(moved, before, {one: State("finished") for one in before.values()}) == []
 
 
 def test_a_snapshot_is_the_code_and_is_taken_once(tmp_path: Path) -> None:

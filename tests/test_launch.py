@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import configs
 from cluster import executor, launch, launching, slurm, sweep
 from cluster.job import Job
 from cluster.submission import hold, new_submission
@@ -238,6 +239,28 @@ def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: p
 def test_two_launchers_at_once(tmp_path: Path) -> None:
     with hold(tmp_path), pytest.raises(UserError, match="another launch"), hold(tmp_path):
         pass
+
+
+def test_a_run_that_saved_nothing_may_still_become_another(place: Path) -> None:
+    home = place / "runs" / "r"
+    home.mkdir(parents=True)
+    (home / "config.yaml").write_text((place / "run.yaml").read_text().replace("size: 32", "size: 48"))
+    assert [change.key for change in launching.check_folder(configs.load("run.yaml"), home)] == ["views.size"]
+    (home / "checkpoints" / "step_00000010").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"runs/r was begun with other settings, .*views\.size: 48 -> 32"):
+        launching.check_folder(configs.load("run.yaml"), home)
+
+
+def test_a_run_goes_by_the_name_of_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = place / "other runs" / "two"
+    (home / "jobs").mkdir(parents=True)
+    (home / "config.yaml").write_text((place / "run.yaml").read_text())
+    assert launch.main(["resume", "two", "--runs-dir", "other runs", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "name: two" in said
+    assert f"runs_dir: {place}/other runs" in said
+    with pytest.raises(UserError, match="other runs/two goes on where it lies"):
+        launch.main(["resume", "other runs/two", "name=three"])
 
 
 def test_what_resume_resumes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -138,6 +139,25 @@ def test_a_second_launch_says_that_the_run_is_running_and_where(place: Path, mon
     assert record is not None
     wait_for(lambda: not alive(int(record.job_id), record.started_at))
     assert state_of(submission).name == "cancelled"
+
+
+def test_a_copy_of_a_running_run_has_no_part_in_its_job(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STANDIN_STEP_S", "0.1")
+    launch.main(["run.yaml", "steps=1000", "--detach"])
+    home = place / "runs" / "r"
+    wait_for(lambda: has_steps(home, 1))
+    shutil.copytree(home, place / "a fork")
+    assert launch.main(["status", "a fork"]) == 0
+    said = capsys.readouterr().out
+    assert "lost" in said
+    assert f"of {home}/jobs/0000_pretrain, of which this is a copy" in said
+    assert "go on: python cluster/launch.py resume 'a fork'" in said
+    with pytest.raises(UserError, match=r"nothing is queued or running; see .* status 'a fork'"):
+        launch.main(["cancel", "a fork"])
+    assert launch.main(["cancel", "r"]) == 0
+    assert state_of(latest(home)["pretrain"]).name == "cancelled"
 
 
 def test_ranks_end_with_their_supervisor(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
