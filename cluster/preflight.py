@@ -85,10 +85,16 @@ def _model_check(key: str, model: str) -> Check:
 def shards_check(key: str, shards: str | Sequence[str]) -> Check:
     """Whether a shard set is there and its first tar can be read."""
     items = [shards] if isinstance(shards, str) else list(shards)
+    if not items:
+        return Check(key, "error", f"{key}: is an empty list; give a folder of shards")
     if any(_REMOTE.match(item) for item in items):
         return Check(key, "ok", f"{key}: remote, read when the job starts")
     for item in items:
         path = Path(_BRACES.sub(lambda match: match.group(1), item).removeprefix("file:"))
+        if not path.exists() and any(letter in path.name for letter in "*?["):
+            return Check(
+                key, "error", f"{key}: wildcards as in {path.name} are not expanded; give {shown(path.parent)}"
+            )
         if not path.exists():
             return Check(
                 key, "error", f"{key}: no shards at {shown(path)}\n       make them: {make_command(shown(path))}"
@@ -129,6 +135,9 @@ def _existing(path: Path) -> Path:
 def home_checks(config: AnyJob, home: Path) -> Iterator[Check]:
     """The run's folder can be written, and has room for the checkpoints."""
     folder = _existing(home.absolute())
+    if not folder.is_dir():
+        yield Check("folder", "error", f"{shown(folder)} is a file; choose another place with runs_dir=... or name=...")
+        return
     if not os.access(folder, os.W_OK):
         yield Check(
             "folder", "error", f"{shown(folder)} may not be written by you; choose another place with runs_dir=..."
@@ -187,6 +196,17 @@ def version_checks() -> Iterator[Check]:
         yield Check("versions", "warning", f"versions: {', '.join(other)}")
     else:
         yield Check("versions", "ok", "versions: as in requirements.txt")
+
+
+def training_checks(config: PretrainConfig, plan: Plan) -> Iterator[Check]:
+    """What a training would notice at its start only, or never say."""
+    if config.monitor.wandb is not None and importlib.util.find_spec("wandb") is None:
+        yield Check("wandb", "error", "monitor.wandb is set, but wandb is not installed: pip install wandb")
+    if plan.samples is not None and config.batch_size > plan.samples:
+        text = (
+            f"batch_size={config.batch_size} is more than the {plan.samples} samples: batches hold some of them twice"
+        )
+        yield Check("batch_size", "warning", text)
 
 
 def slurm_checks(resources: Resources) -> Iterator[Check]:
@@ -252,7 +272,7 @@ def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[st
         here = resources[chain[0].name]
         plan = plan_of(config, here)
         found.append(memory_check(config, plan, here))
-        found += gpu_checks(here)
+        found += [*training_checks(config, plan), *gpu_checks(here)]
     for link in chain:
         if resources[link.name].executor == "slurm":
             found += [check for check in slurm_checks(resources[link.name]) if check not in found]

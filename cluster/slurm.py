@@ -61,7 +61,8 @@ def _output(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"SLURM did not answer `{' '.join(command)}` within {_PATIENCE_S} s; try again later") from None
     if done.returncode:
-        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise UserError(f"`{' '.join(command)}` failed: {''.join(said)}")
     return done.stdout
 
 

@@ -13,7 +13,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from configs.cluster import Cluster
 from configs.jobs import DownstreamJob
-from configs.models import SUDOKU_MODELS, Model
+from configs.models import SUDOKU_MODELS, Model, nearest
+from configs.presets import PRESETS
 from configs.section import Section
 from configs.tasks import AnyTask, SimclrTask
 
@@ -189,6 +190,17 @@ class Observers(Section):
     objects_preset: str = Field("tetrominoes", description="protocol (docs/evaluation.md)")
     images: PositiveInt = Field(256, description="images used at most")
 
+    @model_validator(mode="after")
+    def _check_data(self) -> Observers:
+        if self.knn_every is not None and (self.knn_train is None or self.knn_test is None):
+            raise ValueError("observers.knn_every needs observers.knn_train and observers.knn_test (labelled shards)")
+        if self.objects_every is not None and self.objects_data is None:
+            raise ValueError("observers.objects_every needs observers.objects_data (shards with instances.png)")
+        if self.objects_preset not in PRESETS:
+            remedy = nearest(self.objects_preset, list(PRESETS))
+            raise ValueError(f"observers.objects_preset: no protocol {self.objects_preset!r}{remedy}")
+        return self
+
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -230,6 +242,8 @@ class PretrainConfig(Section):
     def _check_across(self) -> PretrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length of the run as epochs or as steps: one of the two")
+        if self.task.name == "simclr" and self.batch_size < 2:
+            raise ValueError("batch_size must be at least 2: simclr tells the images of a batch from each other")
         if self.task.name in ("simclr", "classify") and self.views is None:
             raise ValueError(f"task {self.task.name} needs a views section with at least views.size")
         if (self.task.name == "sudoku") != (self.model.name in SUDOKU_MODELS):

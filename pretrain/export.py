@@ -34,10 +34,12 @@ def export(source: Path, out: Path, *, ema: bool = True) -> Path:
     an older export. `ema=False` takes the weights themselves instead of their average.
 
     Raises:
-        UserError: there is no whole checkpoint.
+        UserError: there is no whole checkpoint, or `out` holds something else than an export.
     """
     from pretrain import checkpoint
 
+    if out.exists() and not _may_replace(out):
+        raise UserError(f"{out} holds other things than an export, which would replace them; give another --out")
     path = source if (source / "manifest.json").exists() else checkpoint.newest(source)
     reason = "there is none" if path is None else checkpoint.damage(path)
     if path is None or reason is not None:
@@ -79,6 +81,7 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig, step: int) -> No
 
         with quiet():
             save_for_hf(backbone, str(folder), model_args=dict(config.model.args), safe_serialization=True)
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors: for nobody else
         size = config.views.size if config.views is not None else backbone.pretrained_cfg["input_size"][-1]
         taken = fingerprint.take(backbone, [1, 3, size, size])
         (folder / fingerprint.FILE).write_text(json.dumps(taken))
@@ -87,6 +90,12 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig, step: int) -> No
         described = {"architecture": config.model.name, "model_args": dict(config.model.args), "task": config.task.name}
         (folder / "config.json").write_text(json.dumps(described, indent=1))
     (folder / "README.md").write_text(card(config, step, is_timm=hasattr(backbone, "pretrained_cfg")))
+
+
+def _may_replace(out: Path) -> bool:
+    """Whether a path holds an export, what is left of one, or nothing."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    return "model.safetensors" in names or names <= {"README.md", "config.json", "fingerprint.json"}
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

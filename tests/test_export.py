@@ -79,6 +79,20 @@ def test_fingerprint_knows_its_own_weights_from_random_ones(run_dir: Path, tmp_p
         fingerprint.check(timm.create_model("akorn_nano_patch4_32", num_classes=0, num_steps=2), out)
 
 
+def test_others_may_read_an_export_and_nothing_else_is_replaced(run_dir: Path, tmp_path: Path) -> None:
+    out = export.export(run_dir, tmp_path / "out")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    (out / "model.safetensors").unlink()
+    export.export(run_dir, out)
+    assert (out / "model.safetensors").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
+        with pytest.raises(UserError, match="holds other things"):
+            export.export(run_dir, path)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
 def test_errors_name_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 8; there are 7"):
         export.main([str(run_dir), "--step", "8"])

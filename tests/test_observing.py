@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import UserError
 from pretrain import checkpoint
 from pretrain.data.workers import fork_server
 from pretrain.distributed import Ranks
@@ -100,10 +99,3 @@ def test_figures_of_a_step_that_is_undone_are_cut(tmp_path: Path) -> None:
     assert len(steps) == len(set(steps))
     assert set(steps) | set(left_out) == {5, 10, 15, 20, 25, 30}
     assert 30 in steps
-
-
-def test_make_observers_refuses_before_the_training() -> None:
-    from downstream.online import make_observers
-
-    with pytest.raises(UserError, match="knn_train"):
-        make_observers(settings(observers={"knn_every": 5}))

@@ -36,6 +36,8 @@ def test_shards_that_are_there(tmp_path: Path) -> None:
     assert shards_check("k", f"{tmp_path}/set/a-{{000..002}}.tar").level == "ok"
     assert shards_check("k", f"{tmp_path}/set/b-{{000..002}}.tar").level == "error"
     assert shards_check("k", "s3://bucket/set-{000..002}.tar").level == "ok"
+    assert "is an empty list" in shards_check("k", []).text
+    assert "wildcards as in *.tar are not expanded" in shards_check("k", f"{tmp_path}/set/*.tar").text
 
 
 def test_a_folder_one_too_high_is_pointed_out(tmp_path: Path) -> None:
@@ -64,6 +66,21 @@ def test_the_first_missing_set_is_told_in_full_and_the_others_by_name() -> None:
     first, second = str(caught.value).splitlines()
     assert "no shards at nowhere (missing as well: downstream.0.train, downstream.0.data)" in first
     assert "make them: python pretrain/make_shards.py" in second
+
+
+def test_a_file_in_the_place_of_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    (check,) = preflight.home_checks(config(), tmp_path / "runs" / "r")
+    assert "runs is a file; choose another place" in check.text
+
+
+def test_what_a_training_would_not_do(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"samples": 63}')
+    wanted = config(data={"shards": str(tmp_path)}, monitor={"wandb": "project"})
+    plan = plan_of(wanted, Resources("local", 1, 1, 0, 1, Cluster()))
+    found = {check.level: check.text for check in preflight.training_checks(wanted, plan)}
+    assert "pip install wandb" in found["error"]
+    assert "batch_size=64 is more than the 63 samples" in found["warning"]
 
 
 def test_a_full_disk_is_an_error_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
