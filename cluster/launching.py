@@ -19,6 +19,7 @@ from cluster.state import WAITING, State, states
 from cluster.submission import Submission, hold, latest, submissions, write_atomically
 from configs import AnyJob, PretrainConfig, UserError, dump, load
 from configs.changes import Change, changes, check_resume
+from configs.errors import INTERRUPTED
 from configs.schema import RUN_NAME
 
 
@@ -58,6 +59,10 @@ def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = N
     return watch(home, submitted)
 
 
+class UnderWayError(UserError):
+    """What would be launched is queued or running already."""
+
+
 def check_folder(config: AnyJob, home: Path) -> list[Change]:
     """Whether the configuration may go on with what lies in the folder. Returns what has changed.
 
@@ -81,7 +86,7 @@ def what_is_missing(
     """Links to submit, the last submissions of all links, and their states.
 
     Raises:
-        UserError: the first link that would be submitted is under way already: the run is running.
+        UnderWayError: the first link that would be submitted is queued or running already: the run is running.
     """
     names = {link.name for link in links}
     past = {name: one for name, one in latest(home).items() if name in names}
@@ -91,7 +96,7 @@ def what_is_missing(
     is_pretrain_alive = any(name == PRETRAIN for name, _ in running)
     if running and (is_pretrain_alive or not wanted):
         name, state = running[0]
-        raise UserError(
+        raise UnderWayError(
             f"{shown(home)} is {state.name} already: {name}, {state.where}\n"
             f"       follow it: {command_on('status', home)} -f    end it: {command_on('cancel', home)}"
         )
@@ -198,7 +203,7 @@ def _interrupted(home: Path, links: Sequence[Submission]) -> int:
     print("\nsaving and stopping; Ctrl-C again to end at once", flush=True)
     control.stop_local(links)
     print(f"stopped; go on with: {command_on('resume', home)}")
-    return 130
+    return INTERRUPTED
 
 
 def planned_steps(home: Path) -> int | None:

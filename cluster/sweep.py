@@ -18,12 +18,13 @@ import yaml
 from cluster import chain, executor, launching, snapshot
 from cluster.chain import PRETRAIN
 from cluster.job import Job
-from cluster.locate import command_on, located, shown
+from cluster.locate import located, shown
 from cluster.preflight import checks, stop_on_errors, stop_on_missing_data
 from cluster.resources import Resources, resolve
 from cluster.state import State
 from cluster.submission import Submission, new_submission, write_atomically
 from configs import PretrainConfig, UserError, dump, load
+from configs.errors import INTERRUPTED
 
 
 def combinations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
@@ -99,20 +100,62 @@ def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[
 
 
 def launch(config_name: str, overrides: Sequence[str], sweeps: Sequence[str], *, dry_run: bool, detach: bool) -> int:
-    """Launch all runs of a sweep. Returns the exit code."""
-    configs = configurations(config_name, overrides, sweeps)
+    """Launch all runs of a sweep, go on with those that are there, and leave those alone that are finished or under
+    way. Returns the exit code.
+
+    Raises:
+        UserError: something is wrong with one of the runs; none was launched.
+    """
+    configs = [located_run(config) for config in configurations(config_name, overrides, sweeps)]
     resources = resolve(configs[0].cluster)
-    if dry_run:
-        print(f"{len(configs)} runs, {'one job array' if resources.executor == 'slurm' else 'one after the other'}:")
-        for config in configs:
-            print(f"  {config.run_dir}")
-        return launching.launch(configs[0], dry_run=True, detach=True)
-    if resources.executor == "slurm":
-        return _launch_array([located_run(config) for config in configs], resources)
-    if detach:
+    on_slurm = resources.executor == "slurm"
+    if detach and not on_slurm and not dry_run:
         raise UserError("--sweep on this machine runs one after the other and cannot be detached; use nohup or tmux")
-    codes = [launching.launch(config, dry_run=False, detach=False) for config in configs]
-    return max(codes)
+    wanted = {config.run_dir: _outlook(config, on_slurm=on_slurm) for config in configs}
+    if dry_run:
+        print(f"{len(configs)} runs, {'one job array' if on_slurm else 'one after the other'}:")
+    for home, (_, outlook) in wanted.items():
+        print(f"  {shown(home)}: {outlook}")
+    chosen = [config for config in configs if wanted[config.run_dir][0]]
+    if dry_run:
+        return launching.launch(chosen[0], dry_run=True, detach=True) if chosen else 0
+    if not on_slurm:
+        return _one_after_the_other(chosen)
+    begun = [config for config in chosen if (Path(config.run_dir) / "jobs").exists()]
+    codes = [launching.launch(config, dry_run=False, detach=True) for config in begun]
+    new = [config for config in chosen if config not in begun]
+    return max([_launch_array(new, resources) if new else 0, *codes])
+
+
+def _outlook(config: PretrainConfig, *, on_slurm: bool) -> tuple[bool, str]:
+    """Whether a run of a sweep is to be launched, and what would become of it.
+
+    Raises:
+        UserError: something is wrong with it.
+    """
+    home = Path(config.run_dir)
+    stop_on_missing_data(config)
+    launching.check_folder(config, home)
+    links = chain.links(config, home, in_sequence=not on_slurm)
+    try:
+        missing, past, _ = launching.what_is_missing(links, home)
+    except launching.UnderWayError:
+        return False, "is under way"
+    if not missing:
+        return False, "is finished"
+    stop_on_errors(checks(config, home, links, chain.resources_of(links)))
+    return True, f"{'goes on with' if past else 'new:'} {', '.join(link.name for link in missing)}"
+
+
+def _one_after_the_other(configs: Sequence[PretrainConfig]) -> int:
+    """Launch runs on this machine until all are over or the user has stopped one."""
+    worst = 0
+    for config in configs:
+        code = launching.launch(config, dry_run=False, detach=False)
+        worst = max(worst, code)
+        if code == INTERRUPTED:
+            break
+    return worst
 
 
 def located_run(config: PretrainConfig) -> PretrainConfig:
@@ -123,14 +166,8 @@ def located_run(config: PretrainConfig) -> PretrainConfig:
 
 
 def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> int:
-    """Submit the trainings as one array, and the evaluations of each behind its task."""
+    """Submit new trainings as one array, and the evaluations of each behind its task."""
     homes = [Path(config.run_dir) for config in configs]
-    for config, home in zip(configs, homes):
-        if (home / "jobs").exists():
-            raise UserError(f"{shown(home)} exists; go on with: {command_on('resume', home)}")
-        stop_on_missing_data(config)
-        links = chain.links(config, home, in_sequence=False)
-        stop_on_errors(checks(config, home, links, chain.resources_of(links)))
     code, commit = snapshot.take(homes[0]), snapshot.commit()
     trainings = [_prepare(config, home) for config, home in zip(configs, homes)]
     folder = homes[0].parent / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{homes[0].name}"

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done. The message says what, where, and what to do, in a line or two."""
@@ -27,7 +29,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -219,8 +219,18 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     ]
     assert "runs/r_lr-3e-4: SLURM job 7_1 and 2 after it" in capsys.readouterr().out
     assert (place / "runs" / "r_lr-3e-4" / "jobs" / "0000_pretrain" / "submitit").is_symlink()
-    with pytest.raises(UserError, match=r"exists; go on with: .* resume r_lr-1e-3"):
-        launch.main(["run.yaml", "cluster.executor=slurm", *sweep_lr])
+    # A third value makes a new run; of the others one is queued, and one SLURM does not know any more.
+    monkeypatch.setattr(slurm, "queue", lambda ids: {"7_0": slurm.QueueEntry("PENDING", "", "")})
+    sweep_lr = ["--sweep", "optimizer.lr=1e-3,3e-4,1e-4"]
+    assert launch.main(["run.yaml", "cluster.executor=slurm", *sweep_lr, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "runs/r_lr-1e-3: is under way\n" in said
+    assert "runs/r_lr-3e-4: goes on with pretrain\n" in said
+    assert "runs/r_lr-1e-4: new: pretrain\n" in said
+    submitted.clear()
+    assert launch.main(["run.yaml", "cluster.executor=slurm", *sweep_lr]) == 0
+    assert submitted == [(1, ""), (1, "")]
+    assert len(list((place / "runs" / "r_lr-3e-4" / "jobs").glob("*_pretrain"))) == 2
 
 
 def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,24 @@ def test_a_second_launch_says_that_the_run_is_running_and_where(place: Path, mon
     assert state_of(submission).name == "cancelled"
 
 
+def test_ctrl_c_ends_a_sweep_and_the_same_command_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_STEP_S", "0.1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = ["run.yaml", "--sweep", "seed=0,1"]
+    first, second = place / "runs" / "r_seed-0", place / "runs" / "r_seed-1"
+
+    def interrupt() -> None:
+        wait_for(lambda: has_steps(first, 1))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert launch.main(command) == 130
+    assert not second.exists()
+    monkeypatch.setenv("STANDIN_STEP_S", "0")
+    assert launch.main(command) == 0
+    assert [row["step"] for row in rows(first)] == [row["step"] for row in rows(second)] == list(range(1, 21))
+
+
 def test_a_copy_of_a_running_run_has_no_part_in_its_job(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
