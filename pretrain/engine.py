@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pretrain.tasks import Task
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Gradients that ZeRO reduces together: 64 MiB, two buffers. DeepSpeed's own size would take 4 GB whatever the model's.
+BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def deepspeed_config(compute: Compute, optimizer: Optimizer, world_size: int, de
         # DeepSpeed's default is to clip at 1. Stage 0 clips in its own step.
         "gradient_clipping": optimizer.clip if compute.zero_stage > 0 and optimizer.clip else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": compute.zero_stage, "overlap_comm": device_type == "cuda"},
+        "zero_optimization": {
+            "stage": compute.zero_stage,
+            "overlap_comm": device_type == "cuda",
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+        },
         # Gradients travel in fp32: no module is listed as safe to reduce in bf16.
         "torch_autocast": {
             "enabled": compute.precision == "bf16",
@@ -116,8 +122,9 @@ class Engine:
         if self.stage == 0:
             return self._step_plain()
         self._deepspeed.step()
-        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32)
-        return StepResult(norm, torch.tensor(float(self._deepspeed.optimizer.overflow)))
+        # A number where the update was skipped, else a tensor.
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
+        return StepResult(norm, norm.new_tensor(float(self._deepspeed.optimizer.overflow)))
 
     def _step_plain(self) -> StepResult:
         used = {name: p.grad for name, p in self._names.items() if p.grad is not None}

@@ -6,6 +6,7 @@ One start of the processes serves several engines: importing DeepSpeed takes lon
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,53 @@ def _average_in_parts() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_state_goes_by_name_from_stage_to_stage_and_bad_steps_change_nothing(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, states_by_name, tmp_path)
+
+
+def largest_allocations() -> dict[int, int]:
+    """Most elements that are allocated at once in a step, by stage."""
+    from pretrain.microbatch import backward
+
+    most, real = {}, torch.empty
+    for stage in (1, 2, 3):
+        seen: list[int] = []
+
+        def spying(*size: Any, seen: list[int] = seen, **options: Any) -> Tensor:
+            tensor: Tensor = real(*size, **options)
+            seen.append(tensor.numel())
+            return tensor
+
+        torch.empty = spying  # type: ignore[assignment]
+        try:
+            task, engine, loader = build(stage)
+            backward(engine, task, loader[0], None)
+            engine.step(RATE)
+        finally:
+            torch.empty = real
+        most[stage] = max(seen)
+    return most
+
+
+def test_buffers_of_zero_are_small_beside_a_gpu(tmp_path: Path) -> None:
+    (most,) = run_ranks(1, largest_allocations, tmp_path)
+    assert all(0 < 4 * elements < 2**28 for elements in most.values()), most
+
+
+@pytest.mark.parametrize("norm", [2.0, torch.tensor(2.0)])
+def test_figures_of_a_step_lie_on_the_device(norm: Any) -> None:
+    """With the loss, beside which they are stacked; DeepSpeed returns numbers where it skips a step."""
+    from pretrain.distributed import Ranks
+    from pretrain.engine import Engine
+
+    engine = object.__new__(Engine)
+    engine.stage, engine.ranks = 2, Ranks(0, 1, 0, torch.device("meta"))
+    engine._deepspeed = SimpleNamespace(
+        step=lambda: None,
+        get_global_grad_norm=lambda: norm,
+        optimizer=SimpleNamespace(param_groups=[], overflow=False),
+    )
+    result = engine.step(RATE)
+    assert result.grad_norm.is_meta
+    assert result.skipped.is_meta
 
 
 def in_bf16() -> dict[str, Any]:
