@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 
 TIMEOUT_S = 1800.0  # a peer may compile or wait for a shard for this long; the watchdog is the finer net
+MOST_FILES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))  # DeepSpeed insists on finding it
     device = _device(local_rank)
+    _allow_files()
     # DeepSpeed calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
@@ -70,7 +73,15 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # DeepSpeed takes LOCAL_RANK for the device's number, which it is not where SLURM shows each process its own GPU.
+    os.environ["LOCAL_RANK"] = str(device.index)
     return device
+
+
+def _allow_files() -> None:
+    """Raise the limit of open files: gloo holds up to four connections to each peer, the usual 1,024 end at 250."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, min(most, MOST_FILES)), most))
 
 
 def check_divides(batch_size: int, world_size: int) -> None:

@@ -1,8 +1,8 @@
 """Being told to stop, and stopping together.
 
 Owns: the signals that ask a training to end (USR2 of submitit and SLURM, TERM), and the agreement of all ranks on the
-step after which they do. Each step carries a small message of the ranks that travels while the next step computes, so
-that agreeing costs no waiting: a request is followed one step later.
+step after which they do. Steps carry a small message of the ranks that travels while the next ones compute, so that
+agreeing costs no waiting: a request is followed one step later, or a few steps among many ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pretrain.distributed import Ranks
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+RANKS_IN_STEP = 128  # that a message passes while a step computes: gloo's goes twice through all ranks, one by one
 EARLY_REQUEST = "AKORN_STOP_REQUESTED"  # set to 1 by whoever had the signal before this handler was in place
 
 
@@ -29,6 +30,8 @@ class Stop:
         self._ranks = ranks
         self.requested = os.environ.get(EARLY_REQUEST) == "1"
         self._message = torch.zeros(1)
+        self._every = max(1, ranks.world_size // RANKS_IN_STEP)  # steps that a message has to travel
+        self._steps = 0
         self._work: dist.Work | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -52,9 +55,12 @@ class Stop:
             before(number, frame)
 
     def agreed(self) -> bool:
-        """True on all ranks alike once any rank was asked to stop before the last call (collective, once a step)."""
+        """True on all ranks alike once any rank was asked to stop before the last message (collective, once a step)."""
         if self._ranks.world_size == 1:
             return self.requested
+        self._steps += 1
+        if self._steps % self._every:
+            return False
         answer = self.drain()
         if not answer:
             self._message.fill_(float(self.requested))

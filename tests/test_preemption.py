@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import distributed
+from pretrain import distributed, preemption
 from pretrain.distributed import Ranks
 from pretrain.preemption import EARLY_REQUEST, Stop
 from tests.standin import run_ranks
@@ -32,6 +33,16 @@ def stopped_after(number: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_all_ranks_stop_after_the_same_step(number: int, tmp_path: Path) -> None:
     assert run_ranks(3, stopped_after, tmp_path, number) == [5, 5, 5]
+
+
+def stopped_among_many() -> int:
+    """The same where a message takes three steps to pass all ranks; rank 1 is told to stop after its fourth."""
+    preemption.RANKS_IN_STEP = 1
+    return stopped_after(signal.SIGUSR2)
+
+
+def test_many_ranks_stop_after_the_same_step_some_steps_later(tmp_path: Path) -> None:
+    assert run_ranks(3, stopped_among_many, tmp_path) == [9, 9, 9]
 
 
 def test_request_from_before_the_handler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +78,33 @@ def messages() -> list[object]:
 def test_messages(tmp_path: Path) -> None:
     expected = [{"a": [1, "x"]}, [0, 7, 1, 7, 2, 7], 1.0]
     assert run_ranks(3, messages, tmp_path) == [expected] * 3
+
+
+def allowed_files() -> list[int]:
+    """The limit of open files before and after joining."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    distributed.join(60)
+    return list(resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+def test_joining_makes_room_for_the_connections_to_a_thousand_ranks(tmp_path: Path) -> None:
+    ((allowed, most),) = run_ranks(1, allowed_files, tmp_path)
+    assert allowed >= min(most, 4 * 1024)
+
+
+@pytest.mark.parametrize(("visible", "device"), [(1, 0), (4, 3)])
+def test_deepspeed_is_told_the_device_among_those_that_are_visible(
+    visible: int, device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM may show each process of a node only a GPU of its own, which is then number 0."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed._device(3) == torch.device("cuda", device)
+    assert chosen == [torch.device("cuda", device)]
+    assert os.environ["LOCAL_RANK"] == str(device)  # what DeepSpeed sets as the current device
 
 
 def test_batch_that_does_not_divide_names_what_works() -> None:
