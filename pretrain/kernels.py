@@ -62,7 +62,8 @@ def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path, *
     rows = broadcast_json(rows, ranks)
     apply(backbone, rows)
     fusing.allow(compute.compile)
-    if compute.compile and ranks.device.type == "cuda" and find_compiler() is not None:
+    wanted = compute.compile and compute.zero_stage < 3  # torch would compile DeepSpeed's hooks, anew at many a step
+    if wanted and ranks.device.type == "cuda" and find_compiler() is not None:
         for module in _compilable(backbone):
             module.compile(dynamic=False)
     return rows

@@ -19,6 +19,7 @@ from configs.schema import Compute
 from pretrain import kernels
 from pretrain.models.connectivity import AttentionCoupling
 from pretrain.models.kernels import build
+from pretrain.models.kuramoto import Readout
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(build.library().handle is None, reason=build.library().reason or "compiled")
@@ -87,6 +88,18 @@ def test_graphs_are_offered_where_addresses_stay(model: nn.Module, changes: dict
     (layer,) = kernels.layers_of(model)
     names, _ = kernels.available(layer, Compute(**changes), torch.float32, torch.device("cuda"))
     assert names == ["plain", "compiled", *(["graphed"] if graphed else [])]
+
+
+@pytest.mark.parametrize(("stage", "compiled"), [(0, True), (2, True), (3, False)])
+def test_readouts_are_compiled_where_deepspeed_has_no_hooks_in_them(
+    model: nn.Module, stage: int, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_name", lambda device: "a GPU")
+    monkeypatch.setattr(kernels, "find_compiler", lambda: "c++")
+    ranks = SimpleNamespace(first=True, device=torch.device("cuda"), world_size=1, rank=0)
+    kernels.set_up(model, Compute(zero_stage=stage, kernel="plain"), ranks, tmp_path, images=8)
+    readouts = [module for module in model.modules() if isinstance(module, Readout)]
+    assert [module._compiled_call_impl is not None for module in readouts] == [compiled] * len(readouts)
 
 
 def test_no_compiler_leaves_the_plain_kernel_and_one_line(
