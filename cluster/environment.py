@@ -72,10 +72,12 @@ def before_python(
 
 
 def of_rank(
-    *, rank: int, local_rank: int, world_size: int, processes: int, address: str, port: int, generation: int
-) -> dict[str, str]:
-    """Variables that tell one process its place, named as torchrun names them."""
-    return {
+    *, rank: int, local_rank: int, world_size: int, processes: int, cores: int | None, address: str, port: int,
+    generation: int,
+) -> dict[str, str]:  # fmt: skip
+    """Variables that tell one process its place, named as torchrun names them, and its cores where they are its own."""
+    own = {} if cores is None else {"AKORN_CORES": str(cores)}
+    return own | {
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),

@@ -38,6 +38,7 @@ class Place:
     local_rank: int
     world_size: int
     processes: int  # on this node
+    cores: int | None  # that SLURM gives each process of its own; None: the node's processes share what they see
     address: str  # host of rank 0
     job_number: int
     life: int
@@ -55,6 +56,7 @@ def place() -> Place:
         local_rank=here.local_rank,
         world_size=here.num_tasks,
         processes=here.num_tasks // here.num_nodes,
+        cores=None if local else int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) or None,
         address="127.0.0.1" if local else here.hostnames[0],
         job_number=int(here.raw_job_id),
         life=int(os.environ.get("AKORN_LIFE" if local else "SLURM_RESTART_COUNT", "0")),
@@ -97,6 +99,7 @@ class Job:
                 local_rank=here.local_rank,
                 world_size=here.world_size,
                 processes=here.processes,
+                cores=here.cores,
                 address=here.address,
                 port=port,
                 generation=generation,

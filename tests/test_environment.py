@@ -44,8 +44,9 @@ def test_each_life_of_a_job_has_its_own_port_below_the_ephemeral_ones() -> None:
 
 def test_a_rank_is_told_its_place_as_by_torchrun() -> None:
     place = environment.of_rank(
-        rank=3, local_rank=1, world_size=4, processes=2, address="n1", port=5, generation=100002
+        rank=3, local_rank=1, world_size=4, processes=2, cores=None, address="n1", port=5, generation=100002
     )
+    assert "AKORN_CORES" not in place
     assert place["RANK"] == "3"
     assert place["LOCAL_RANK"] == "1"
     assert place["WORLD_SIZE"] == "4"

@@ -1,4 +1,4 @@
-"""What a node runs: imports without the garbage collector."""
+"""What a node runs: the place of a rank, imports without the garbage collector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import imported
+from cluster.job import imported, place
 
 
 @pytest.fixture
@@ -37,3 +37,17 @@ def test_a_broken_module_leaves_the_collector_on(collections: list[str]) -> None
     with pytest.raises(ValueError, match="broken"):
         imported("many_and_broken")
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("given", "cores"), [({"SLURM_CPUS_PER_TASK": "12"}, 12), ({}, None)])
+def test_cores_that_slurm_gives_a_rank_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], cores: int | None
+) -> None:
+    slurm = {"JOB_ID": "7", "NTASKS": "16", "JOB_NUM_NODES": "2", "NODEID": "1", "PROCID": "9", "LOCALID": "1"}
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    for name, value in ({f"SLURM_{key}": value for key, value in slurm.items()} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    here = place()
+    assert (here.rank, here.local_rank, here.processes, here.address, here.cores) == (9, 1, 8, "n1", cores)

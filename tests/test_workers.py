@@ -13,9 +13,12 @@ from pathlib import Path
 import loader_process
 import psutil
 import pytest
+import torch
 from loader_process import Failing, Stalling
 from loader_sets import make_loader, run, write_set
 
+from configs.schema import Loading
+from pretrain.data import loader as loading
 from pretrain.data.loader import Loader
 from pretrain.data.workers import LoaderError
 
@@ -103,3 +106,15 @@ def test_waiting_and_advice(loader: Loader) -> None:
     loader[0]
     assert loader.wait_s > 0
     assert "data is the bottleneck" in loader.advice()
+
+
+@pytest.mark.parametrize(("own", "workers"), [("12", 11), ("", 3)])
+def test_cores_that_a_process_has_for_itself_are_not_shared_again(
+    own: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight processes on a node; SLURM binds each to 12 cores, or all of them see the same 32."""
+    seen = set(range(int(own or "32")))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: seen)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("AKORN_CORES", own)
+    assert loading._num_workers(Loading(), torch.device("cuda")) == workers

@@ -286,9 +286,10 @@ def _num_workers(loading: Loading, device: torch.device) -> int:
 
 
 def _cores() -> int:
-    """Cores of this process: its share of the node's."""
+    """Cores of this process: its own (AKORN_CORES), to which SLURM mostly binds it, else its share of the node's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    own = os.environ.get("AKORN_CORES")
+    return min(cores, int(own)) if own else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _reader(index: ShardIndex, loading: Loading) -> ShardReader:
