@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.quiet import quiet
 
 PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer")
-COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_gather")
+COLLECTIVES = ("all_gather_single", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_gather")
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
