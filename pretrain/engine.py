@@ -208,14 +208,17 @@ class Engine:
                     if f"{name}.{key}" in moments.tensors:  # not there: a parameter that no step has used so far
                         value.copy_(moments.tensors[f"{name}.{key}"])
         else:
-            from deepspeed.utils import safe_set_full_optimizer_state
+            from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
             self._link_moments()
             for name, p in self._names.items():
                 for key in ADAM_MOMENTS:
                     if f"{name}.{key}" in moments.tensors:
                         value = moments.tensors[f"{name}.{key}"].to(self.ranks.device)
-                        safe_set_full_optimizer_state(p, value, key)
+                        if self.stage == 3:  # there the other fails for a size that the ranks do not divide
+                            safe_set_local_optimizer_state(p, self.shard(name, value), key)
+                        else:
+                            safe_set_full_optimizer_state(p, value, key)
         for state in self._inner.state.values():
             if "step" in state:
                 state["step"].fill_(float(moments.step))
