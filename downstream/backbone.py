@@ -77,7 +77,8 @@ class _Source:
     ) -> None:
         import pretrain  # registers our models with timm  # noqa: F401
 
-        self.ckpt, self.path, self.arch, self.args = ckpt, Path(ckpt), arch, args
+        self.ckpt, self.arch, self.args = ckpt, arch, args
+        self.path = Path(ckpt) if arch else _whole(Path(ckpt))
         self.random, self.seed, self.img_size = random, seed, img_size
         self.label = self.path.resolve().name if self.path.exists() else ckpt
 
@@ -172,6 +173,12 @@ class _Source:
                 f"{name} cannot be loaded: {str(error).splitlines()[0]}; pretrained weights of timm come from the "
                 "network (set HF_HOME to a folder that has them), random ones need --controls random"
             ) from error
+
+
+def _whole(path: Path) -> Path:
+    """The export or checkpoint that a path inside of it stands for."""
+    beside = {"model.safetensors": "config.json", "weights.safetensors": "manifest.json"}
+    return path.parent if path.name in beside and (path.parent / beside[path.name]).is_file() else path
 
 
 def _has_fixed_size(model: Any) -> bool:

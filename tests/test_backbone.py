@@ -65,7 +65,7 @@ def test_an_export_gives_its_features_and_damage_is_noticed(tmp_path: Path) -> N
     (tmp_path / "export" / fingerprint.FILE).write_text(str(fingerprint.take(model, [1, 3, 32, 32])).replace("'", '"'))
     images = torch.rand(2, 3, 32, 32)
     expected = model.forward_features((images - 0.5) / 0.5)
-    for ckpt in (tmp_path, tmp_path / "export"):
+    for ckpt in (tmp_path, tmp_path / "export", tmp_path / "export" / "model.safetensors"):
         torch.testing.assert_close(load(str(ckpt), device="cpu").encode(images).map, expected)
     random = load(str(tmp_path), control="random", device="cpu")
     assert not torch.allclose(random.encode(images).map, expected)

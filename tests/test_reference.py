@@ -48,8 +48,16 @@ def test_every_kind_of_file(wrap: str, published: AKOrN, tmp_path: Path) -> None
 
 def test_files_are_never_unpickled(tmp_path: Path) -> None:
     torch.save({"model": Path("x")}, tmp_path / "bad.pth")
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(ValueError, match="Weights only load failed"):
         read_state(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"job: pretrain\nname: a\n", b"PK\x03\x04"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_other_files_are_no_weights(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
+        read_state(tmp_path / name)
 
 
 def test_contradicting_arguments_are_named(published: AKOrN) -> None:

@@ -53,14 +53,19 @@ def load_published(path: str | Path, arguments: Arguments | None = None) -> Publ
 
 
 def read_state(path: str | Path) -> State:
-    """The state dict inside a checkpoint file: the averaged weights where the file has them."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """The state dict inside a checkpoint file: the averaged weights where the file has them.
 
-        content: Any = load_file(path)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    Raises:
+        ValueError: it is no file of weights.
+    """
+    path = Path(path)
+    try:
+        content: Any = _content(path)
+    except OSError:
+        raise
+    except Exception as error:  # what a file that holds something else makes the readers raise is anything
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(f"{path} cannot be read as weights ({said})") from error
     for name in ("model_state_dict", "state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -71,6 +76,14 @@ def read_state(path: str | Path) -> State:
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def kind_of(state: Mapping[str, Tensor]) -> str:
