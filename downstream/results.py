@@ -99,7 +99,10 @@ def commit() -> str | None:
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world_size) as the launcher sets them; (0, 1) without one."""
+    """(rank, world_size) as the launcher sets them; (0, 1) without one, whatever else is in the environment: alone in a
+    pod or an allocation of many, a process would wait for others that do not come."""
+    if "AKORN_GENERATION" not in os.environ:
+        return 0, 1
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
