@@ -25,7 +25,7 @@ from configs.errors import UserError
 from configs.section import Section
 
 PACKAGES = ("torch", "timm", "faiss-gpu", "fastcluster", "numpy", "scikit-learn")
-_POLL_S = 0.2
+_POLL_S, _PATIENCE_S = 0.2, 20.0
 
 
 def folder_of(ckpt: str, task: str, *, out: str | Path | None, name: str | None) -> Path:
@@ -99,10 +99,7 @@ def commit() -> str | None:
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world_size) as the launcher sets them; (0, 1) without one, whatever else is in the environment: alone in a
-    pod or an allocation of many, a process would wait for others that do not come."""
-    if "AKORN_GENERATION" not in os.environ:
-        return 0, 1
+    """(rank, world_size) as the launcher sets them; (0, 1) without one."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -138,10 +135,15 @@ def key_of(*parts: Any) -> str:
 
 def wait_for(ready: Callable[[], bool], timeout_s: float, what: str) -> None:
     """Wait until `ready()`; the other processes of the evaluation are at work."""
-    deadline = time.monotonic() + timeout_s
+    begin, said = time.monotonic(), False
     while not ready():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if waited > timeout_s:
             raise UserError(f"waited {timeout_s:.0f} s for {what} of another process: is one of them dead? start again")
+        if waited > _PATIENCE_S and not said:
+            others = f"RANK and WORLD_SIZE say that this is one of {ranks()[1]} processes"
+            print(f"waiting for {what} of other processes; {others}: unset them to compute alone", flush=True)
+            said = True
         time.sleep(_POLL_S)
 
 

@@ -97,7 +97,6 @@ def test_features_are_shared_resumed_and_in_order(
     options = {"resize": 32, "size": 32, "batch_size": 4, "description": {}}
     folder = tmp_path / "table"
     features._create(folder, 16, 4, {"pixels": 3072, "place": 1}, {})
-    monkeypatch.setenv("AKORN_GENERATION", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert features.extract(folder, samples, compute, **options) is None

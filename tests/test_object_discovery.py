@@ -101,10 +101,9 @@ def test_processes_share_the_work_and_change_nothing(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = {"controls": [], "baselines": ["one_segment"], "pictures": 0}
+    object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "alone")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "alone")  # not the launcher's: of no account
-    monkeypatch.setenv("AKORN_GENERATION", "0")
     assert object_discovery.run(config(scenes, **plain), out_dir=tmp_path / "shared") == {}
     left = sorted(path.name for path in (tmp_path / "shared").glob(".parts/*/*.json"))
     assert left == ["block_000001.json", "block_000001.json"]

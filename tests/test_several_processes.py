@@ -48,7 +48,7 @@ def start(work: Path, task: str, out: str, *, rank: int = 0, world_size: int = 1
         "linear_probe": ["--train", data, "--data", data, "--epochs", "2", "--rates", "0.1", "--knn", "5"],
     }[task]
     command = [sys.executable, f"downstream/{task}.py", "--ckpt", str(work / "export"), "--out", str(work / out), *own]
-    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1", "AKORN_GENERATION": "0"}
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, "--batch-size", str(BATCH)], cwd=ROOT, env={**os.environ, **ranks})
 
 
