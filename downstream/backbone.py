@@ -18,6 +18,7 @@ from torch import nn
 from configs.errors import UserError
 from downstream.encoder import Control, Encoder, apply_control
 from pretrain import kernels
+from pretrain.distributed import own_device
 
 
 def load(
@@ -48,7 +49,7 @@ def load(
     """
     source = _Source(ckpt, arch, dict(args or {}), random=control == "random", seed=seed, img_size=img_size)
     model: Any = source.model()
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = own_device(device)
     name = source.label if control is None else f"{source.label} ({control})"
     if img_size is not None and _has_fixed_size(model) and img_size % model.feature_info[-1]["reduction"]:
         patch = model.feature_info[-1]["reduction"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from downstream.attacks.victim import Victim
+from pretrain.distributed import own_device
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load(
         UserError: there is no such thing, it has no classes, or its weights do not fit.
     """
     path = Path(ckpt)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = own_device(device)
     model = _of_folder(path) if path.is_dir() else _of_file_or_name(ckpt, arch, dict(args or {}))
     num_classes = int(getattr(model, "num_classes", 0))
     if num_classes < 2:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from pretrain.distributed import own_device
 from pretrain.models.sudoku import SudokuNet
 from pretrain.tasks.sudoku import make_model
 
@@ -50,7 +51,7 @@ def load(
         UserError: there is no such thing, it is no Sudoku solver, or its weights do not fit.
     """
     path = Path(ckpt)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = own_device(device)
     if path.is_file():
         net, description = _published(path, dict(args or {}))
     elif (path / "export" / "config.json").is_file():

@@ -47,7 +47,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))  # DeepSpeed insists on finding it
-    device = _device(local_rank)
+    device = own_device()
     _allow_files()
     # DeepSpeed calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -68,10 +68,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+def own_device(wanted: str | None = None) -> torch.device:
+    """The device of this process: the one wanted by name, else the CPU, or where there are GPUs ("cuda" too) the one
+    that LOCAL_RANK says, modulo those that are visible; it becomes the current one."""
+    if wanted not in (None, "cuda") or not torch.cuda.is_available():
+        return torch.device(wanted or "cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     # DeepSpeed takes LOCAL_RANK for the device's number, which it is not where SLURM shows each process its own GPU.
     os.environ["LOCAL_RANK"] = str(device.index)

@@ -39,6 +39,13 @@ def test_every_network_gives_pooled_features_and_a_map(name: str, size: int, gri
     assert features.map.dtype == torch.float32
 
 
+def test_each_process_of_a_node_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's GPU, here a device without memory, is taken unless another device is asked for."""
+    monkeypatch.setattr("downstream.backbone.own_device", lambda wanted: torch.device(wanted or "meta"))
+    assert load(MODEL, control="random").device.type == "meta"
+    assert load(MODEL, control="random", device="cpu").device.type == "cpu"
+
+
 def test_map_of_a_transformer_lies_as_its_patches_do() -> None:
     encoder = load("vit_tiny_patch16_224", control="random", img_size=64, device="cpu")
     images = torch.zeros(2, 3, 64, 64)

@@ -102,8 +102,9 @@ def test_deepspeed_is_told_the_device_among_those_that_are_visible(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert distributed._device(3) == torch.device("cuda", device)
-    assert chosen == [torch.device("cuda", device)]
+    assert distributed.own_device() == distributed.own_device("cuda") == torch.device("cuda", device)
+    assert chosen == [torch.device("cuda", device)] * 2
+    assert distributed.own_device("cpu") == torch.device("cpu")
     assert os.environ["LOCAL_RANK"] == str(device)  # what DeepSpeed sets as the current device
 
 
