@@ -42,15 +42,16 @@ def cancel(home: Path, *, now: bool) -> int:
     under_way = [link for link in links if current[link].name in WAITING]
     if not under_way:
         raise UserError(f"{shown(home)}: nothing is queued or running; see {command_on('status', home)}")
+    saving = [link for link in under_way if link.link == "pretrain" and current[link].name == "running" and not now]
     for link in under_way:
         link.cancel_file.touch()
-        if current[link].name == "running" and not now:
+        if link in saving:
             ask_to_stop(link)
-        else:
+        else:  # an evaluation has nothing to save: it keeps the parts it has
             end_now(link)
-    if not now:
+    if saving:
         print("waiting for the save ...", flush=True)
-        _await_end([link for link in under_way if current[link].name == "running"])
+        _await_end(saving)
     for link in under_way:
         link.write_outcome("cancelled", "by request")
         print(f"{link.link}: cancelled")

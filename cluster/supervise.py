@@ -60,8 +60,9 @@ class Supervisor(Controller):
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop_requests += 1
+        at_once = self.stop_requests > 1 or self.submission.link != "pretrain"  # an evaluation keeps the parts it has
         for task in self.tasks:
-            if self.stop_requests > 1:
+            if at_once:
                 kill_group(task.pid)
             elif task.poll() is None:
                 task.send_signal(signal.SIGUSR2)

@@ -16,6 +16,7 @@ from typing import Any
 
 STEP_S = "STANDIN_STEP_S"  # environment variable: seconds a step takes
 BREAK = "STANDIN_BREAK"  # environment variable: an evaluation of this name fails
+EVALUATION_S = "STANDIN_EVALUATION_S"  # environment variable: seconds an evaluation takes, whatever it is told
 
 _stop = {"asked": False}
 
@@ -49,6 +50,7 @@ def evaluate(config: Any, *, out_dir: Path) -> dict[str, Any]:
     """Write results that say with which processes they were made."""
     if os.environ.get(BREAK) == config.name:
         raise RuntimeError("broken on purpose")
+    time.sleep(float(os.environ.get(EVALUATION_S, "0")))
     out_dir.mkdir(parents=True, exist_ok=True)
     place = {key: os.environ[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "AKORN_COMMIT")}
     if place["RANK"] == "0":

@@ -141,6 +141,33 @@ def test_a_second_launch_says_that_the_run_is_running_and_where(place: Path, mon
     assert state_of(submission).name == "cancelled"
 
 
+def test_an_evaluation_ends_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_EVALUATION_S", "100")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    home = place / "runs" / "r"
+    begin = time.monotonic()
+
+    def evaluates() -> bool:
+        return "object_discovery" in latest(home) and bool(latest(home)["object_discovery"].lives())
+
+    def press() -> None:
+        wait_for(evaluates)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    assert launch.main(["run.yaml", "downstream=[{job: object_discovery, data: shards}]"]) == 130
+    assert state_of(latest(home)["object_discovery"]).name == "stopped"
+    assert launch.main(["resume", "r", "--detach"]) == 0
+    wait_for(evaluates)
+    assert launch.main(["cancel", "r"]) == 0
+    assert {link: state_of(one).name for link, one in latest(home).items()} == {
+        "pretrain": "finished",
+        "object_discovery": "cancelled",
+        "report": "cancelled",
+    }
+    assert time.monotonic() - begin < 60
+
+
 def test_ctrl_c_ends_a_sweep_and_the_same_command_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_STEP_S", "0.1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
