@@ -144,7 +144,10 @@ def _changed(link: Link, before: Submission) -> bool:
     counts: what else may change, changes nothing of the result."""
     if link.config is None:
         return False
-    stored = load(before.folder / "config.yaml")
+    path = before.folder / "config.yaml"
+    if not path.is_file():
+        return True
+    stored = load(path)
     if isinstance(link.config, PretrainConfig) and isinstance(stored, PretrainConfig):
         return (stored.steps, stored.epochs) != (link.config.steps, link.config.epochs)
     return type(stored) is not type(link.config) or _essence(stored) != _essence(link.config)

@@ -87,6 +87,7 @@ def what_is_missing(
 
     Raises:
         UnderWayError: the first link that would be submitted is queued or running already: the run is running.
+        UserError: a training that was finished would begin anew, since its checkpoints are gone.
     """
     names = {link.name for link in links}
     past = {name: one for name, one in latest(home).items() if name in names}
@@ -99,6 +100,12 @@ def what_is_missing(
         raise UnderWayError(
             f"{shown(home)} is {state.name} already: {name}, {state.where}\n"
             f"       follow it: {command_on('status', home)} -f    end it: {command_on('cancel', home)}"
+        )
+    begins_anew = any(link.name == PRETRAIN for link in wanted) and not any((home / "checkpoints").glob("*step_*"))
+    if begins_anew and (home / "export").exists():
+        raise UserError(
+            f"{shown(home)} holds an export, but no checkpoints to go on from: it would begin anew and replace the "
+            f"export;\n       start a new run with name=... (from these weights: init_from={shown(home / 'export')})"
         )
     return wanted, past, now
 

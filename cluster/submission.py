@@ -123,11 +123,8 @@ class Submission:
 
     def record(self) -> Record | None:
         """The record, or None where the launcher died before it had submitted."""
-        try:
-            data = json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return Record(**{**data, "after": tuple(data["after"])})
+        data = self._read("record.json")
+        return None if data is None else Record(**{**data, "after": tuple(data["after"])})
 
     def is_copy(self, record: Record) -> bool:
         """Whether the run's folder was copied, so that the job belongs to another run."""
@@ -135,8 +132,13 @@ class Submission:
         return bool(record.folder) and origin.is_dir() and not origin.samefile(self.folder)
 
     def outcome(self) -> Outcome | None:
+        data = self._read("outcome.json")
+        return None if data is None else Outcome(**data)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """The object in a file of this folder; None where there is none, or a disk has lost it."""
         try:
-            return Outcome(**json.loads((self.folder / "outcome.json").read_text(encoding="utf-8")))
+            return as_row((self.folder / name).read_bytes())
         except FileNotFoundError:
             return None
 

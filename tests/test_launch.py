@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import configs
 from cluster import executor, launch, launching, slurm, sweep
 from cluster.job import Job
-from cluster.submission import hold, new_submission
+from cluster.submission import Record, hold, new_submission
 from configs import LinearProbeConfig, UserError
 
 LAUNCH = Path(__file__).resolve().parents[1] / "cluster" / "launch.py"
@@ -259,6 +260,27 @@ def test_a_run_that_saved_nothing_may_still_become_another(place: Path) -> None:
     (home / "checkpoints" / "step_00000010").mkdir(parents=True)
     with pytest.raises(UserError, match=r"runs/r was begun with other settings, .*views\.size: 48 -> 32"):
         launching.check_folder(configs.load("run.yaml"), home)
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(place: Path) -> None:
+    home = place / "runs" / "r"
+    (home / "export").mkdir(parents=True)
+    (home / "config.yaml").write_text((place / "run.yaml").read_text())
+    with pytest.raises(UserError, match=r"no checkpoints to go on from.*\n.*init_from=runs/r/export"):
+        launch.main(["run.yaml", "epochs=5"])
+    (home / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert launch.main(["run.yaml", "epochs=5", "--dry-run"]) == 0
+
+
+def test_files_that_a_disk_has_lost_break_no_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("record.json", "outcome.json"):
+        submission = new_submission(place / "runs" / f"no-{name}", "pretrain")
+        here = socket.gethostname()
+        submission.write_record(Record("pretrain", "pretrain", "local", "1", here, 0.0, 0.0, "c", 1, 1, 3))
+        submission.write_outcome("finished")
+        (submission.folder / name).write_text("")
+    assert launch.main(["list"]) == 0
+    assert capsys.readouterr().out.count("lost") == 2
 
 
 def test_a_run_goes_by_the_name_of_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
