@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -126,7 +128,12 @@ def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return values / ranks.world_size
 
 
-def barrier(ranks: Ranks) -> None:
-    """Wait for every rank (collective)."""
-    if ranks.world_size > 1:
-        dist.all_reduce(torch.zeros(1), group=ranks.messages)
+def barrier(ranks: Ranks, *, alive: Callable[[], None] = lambda: None) -> None:
+    """Wait for every rank (collective); `alive` is called all the while."""
+    if ranks.world_size == 1:
+        return
+    work = dist.all_reduce(torch.zeros(1), group=ranks.messages, async_op=True)
+    while not work.is_completed():
+        alive()
+        time.sleep(0.01)
+    work.wait()

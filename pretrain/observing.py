@@ -92,10 +92,12 @@ class Observing:
         self._process: Any = None
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()
 
-    def begin(self, step: int, ema: Ema, *, patient: bool = False) -> None:
+    def begin(
+        self, step: int, ema: Ema, *, patient: bool = False, alive: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         """Have what is due after `step` complete steps evaluated (collective).
 
-        While an earlier evaluation runs this one is left out, loudly; if `patient`, it waits instead.
+        While an earlier evaluation runs this one is left out, loudly; if `patient`, it waits instead (see `join`).
         """
         wanted = [observer for observer in self._observers if due(step, observer.every)]
         if not wanted:
@@ -104,7 +106,7 @@ class Observing:
         if not self._ranks.first:
             return
         if patient:
-            self.join()
+            self.join(alive=alive)
         if self._thread is not None and self._thread.is_alive():
             reason = "the one before still runs; raise the interval in observers, or lower observers.images"
             self._report("not_observed", step=step, reason=reason)

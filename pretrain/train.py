@@ -124,8 +124,11 @@ def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
 def watch(session: Session, step: int) -> None:
     """Begin the evaluations that are due, and log the figures of those that have ended (collective)."""
     if session.observing is not None:
+        last, alive = step == session.steps, session.watchdog.alive
         with aside(session):
-            session.observing.begin(step, session.ema, patient=step == session.steps)
+            session.observing.begin(step, session.ema, patient=last, alive=alive)
+            if last:  # the others wait with rank 0, however long that takes
+                distributed.barrier(session.ranks, alive=alive)
         session.monitor.observed(session.observing.rows())
 
 
@@ -175,5 +178,5 @@ def _finish(session: Session, outcome: Outcome) -> Outcome:
         session.lease.check()
         export(session.run_dir, session.run_dir / "export")
     session.events(outcome.status, step=outcome.step)
-    distributed.barrier(session.ranks)
+    distributed.barrier(session.ranks, alive=session.watchdog.alive)
     return outcome

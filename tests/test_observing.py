@@ -59,7 +59,9 @@ def test_the_training_does_not_wait_and_says_what_it_leaves_out() -> None:
     assert time.monotonic() - begin < 1.5
     assert watched.rows() == []
     assert [(event["event"], event["step"]) for event in said] == [("not_observed", 2)]
-    watched.begin(3, average, patient=True)
+    signs: list[float] = []
+    watched.begin(3, average, patient=True, alive=lambda: signs.append(time.monotonic()))
+    assert signs  # while it waited, for the watchdog
     watched.join()
     assert [row["step"] for row in watched.rows()] == [1, 3]
 

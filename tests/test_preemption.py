@@ -80,6 +80,18 @@ def test_messages(tmp_path: Path) -> None:
     assert run_ranks(3, messages, tmp_path) == [expected] * 3
 
 
+def waited_for() -> int:
+    """Signs of life of a rank while it waits for the last one."""
+    ranks, signs = distributed.join(60), list[int]()
+    time.sleep(float(ranks.rank == 1))
+    distributed.barrier(ranks, alive=lambda: signs.append(1))
+    return len(signs)
+
+
+def test_ranks_that_wait_show_that_they_live(tmp_path: Path) -> None:
+    assert run_ranks(2, waited_for, tmp_path)[0] > 2
+
+
 def allowed_files() -> list[int]:
     """The limit of open files before and after joining."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
