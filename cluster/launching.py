@@ -217,12 +217,10 @@ def planned_steps(home: Path) -> int | None:
     if not (home / "config.yaml").is_file():
         return None
     config = load(home / "config.yaml")
-    return plan_of(config, resolve_quietly(config)).steps if isinstance(config, PretrainConfig) else None
-
-
-def resolve_quietly(config: PretrainConfig) -> Resources:
-    """Resources for the sake of step counts only, which do not depend on them."""
-    return Resources("local", 1, 1, 0, 1, config.cluster)
+    if not isinstance(config, PretrainConfig):
+        return None
+    any_resources = Resources("local", 1, 1, 0, 1, config.cluster)  # the number of steps does not depend on them
+    return plan_of(config, any_resources).steps
 
 
 def point_to_results(home: Path, links: Sequence[Submission]) -> None:
