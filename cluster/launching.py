@@ -125,7 +125,11 @@ def submit(
         for link in wanted:
             if link.name in past and now[past[link.name]].name in WAITING:
                 control.end_now(past[link.name])
-        return chain.submit(wanted, home, past, now)
+        try:
+            return chain.submit(wanted, home, past, now)
+        except KeyboardInterrupt:
+            print(f"\nwhat was submitted already goes on; end it: {command_on('cancel', home)}")
+            raise
 
 
 def fetch_weights(config: AnyJob) -> None:

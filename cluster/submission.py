@@ -128,8 +128,7 @@ class Submission:
 
     def is_copy(self, record: Record) -> bool:
         """Whether the run's folder was copied, so that the job belongs to another run."""
-        origin = Path(record.folder)
-        return bool(record.folder) and origin.is_dir() and not origin.samefile(self.folder)
+        return os.path.isdir(record.folder) and not os.path.samefile(record.folder, self.folder)
 
     def outcome(self) -> Outcome | None:
         data = self._read("outcome.json")
@@ -210,12 +209,16 @@ def hold(home: Path) -> Iterator[None]:
     """Hold the run while something is submitted for it: of two launchers at once, one is refused.
 
     Raises:
-        UserError: another launcher is at work on this run.
+        UserError: another launcher is at work on this run, or nothing can be written there.
     """
     import fcntl
 
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".launching").open("w") as lock:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        opened = (home / ".launching").open("w")
+    except OSError as error:
+        raise UserError(f"{home} cannot be written: {error.strerror}; choose another place with runs_dir=...") from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

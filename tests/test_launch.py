@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import configs
-from cluster import executor, launch, launching, slurm, sweep
+from cluster import chain, executor, launch, launching, slurm, sweep
 from cluster.job import Job
 from cluster.submission import Record, hold, new_submission
 from configs import LinearProbeConfig, UserError
@@ -245,6 +245,24 @@ def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: p
     assert fetched("hf-hub:timm/resnet18.a1_in1k") == ["hf-hub:timm/resnet18.a1_in1k"]
     for other in ("folder", "local-dir:runs/x/export", "akorn_base_patch16_256", "a/b.pth"):
         assert fetched(other) == []
+
+
+def test_ctrl_c_while_submitting_says_that_jobs_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain, "submit", press)
+    with pytest.raises(KeyboardInterrupt):
+        launching.submit(configs.load("run.yaml"), place / "runs" / "r", [], {}, {})
+    assert "end it: python cluster/launch.py cancel r" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: Not a directory; choose"), hold(tmp_path / "file" / "r"):
+        pass
 
 
 def test_two_launchers_at_once(tmp_path: Path) -> None:
