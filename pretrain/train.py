@@ -7,6 +7,7 @@ is lies in microbatch.py, what a checkpoint is in checkpoint.py; here is only th
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,16 +65,33 @@ def run(config: PretrainConfig, *, observers: Sequence[Observer] = (), run_dir: 
 def _live(
     config: PretrainConfig, observers: Sequence[Observer], run_dir: Path, ranks: Ranks, lease: Lease, stop: Stop
 ) -> Outcome:
-    """Open sessions until one ends the life; a rollback opens the next."""
+    """Sessions one after the other until one ends the life; a rollback opens the next."""
     rollback: Rollback | None = None
     while True:
-        with contextlib.ExitStack() as stack:
-            session = open_session(config, run_dir, ranks, lease, observers, stack, rollback)
-            try:
-                return _finish(session, train(session, stop))
-            except Rollback as request:
-                rollback = request
-                session.events("rollback", **request.said())
+        lived = _session(config, observers, run_dir, ranks, lease, stop, rollback)
+        if isinstance(lived, Outcome):
+            return lived
+        rollback = lived
+        gc.collect()  # its model, moments and graphs, before the next session has its own
+
+
+def _session(
+    config: PretrainConfig,
+    observers: Sequence[Observer],
+    run_dir: Path,
+    ranks: Ranks,
+    lease: Lease,
+    stop: Stop,
+    rollback: Rollback | None,
+) -> Outcome | Rollback:
+    """One session, to its end or to the next rollback; nothing of it is referred to afterwards."""
+    with contextlib.ExitStack() as stack:
+        session = open_session(config, run_dir, ranks, lease, observers, stack, rollback)
+        try:
+            return _finish(session, train(session, stop))
+        except Rollback as request:
+            session.events("rollback", **request.said())
+            return request.with_traceback(None)  # the traceback would hold the session
 
 
 def train(session: Session, stop: Stop) -> Outcome:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from pretrain import checkpoint, resume
+from pretrain import checkpoint, resume, session, train
 from pretrain.distributed import Ranks
 from tests.standin import run_ranks
 from tests.standin_run import events, final_weights, replace_seams, rows, run_standin
@@ -153,6 +154,22 @@ def test_bad_stretch_is_rolled_back_and_skipped_once(tmp_path: Path, monkeypatch
     (rollback,) = [event for event in events(tmp_path) if event["event"] == "rollback"]
     assert rollback["skips_batches_before"] == 20
     assert checkpoint.load(checkpoint.folder(tmp_path, 30)).state["stream"] == 40
+
+
+def test_rollback_lets_go_of_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def opened(*args: Any) -> session.Session:
+        alive.append(sum(model() is not None for model in models))
+        new = session.open_session(*args)
+        models.append(weakref.ref(new.task.module))
+        return new
+
+    monkeypatch.setattr(train, "open_session", opened)
+    monkeypatch.setenv("STANDIN_NAN", ",".join(map(str, range(12, 18))))
+    assert run_standin(tmp_path) == "finished"
+    assert alive == [0, 0]
 
 
 def test_hopeless_run_ends_with_a_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
