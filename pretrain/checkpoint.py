@@ -44,6 +44,11 @@ class Snapshot:
         return int(self.state["step"])
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint, rather than a run that has some."""
+    return (path / "manifest.json").is_file()
+
+
 def folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint after so many complete steps lies."""
     return run_dir / "checkpoints" / f"step_{step:08d}"

@@ -40,7 +40,7 @@ def export(source: Path, out: Path, *, ema: bool = True) -> Path:
 
     if out.exists() and not _may_replace(out):
         raise UserError(f"{out} holds other things than an export, which would replace them; give another --out")
-    path = source if (source / "manifest.json").exists() else checkpoint.newest(source)
+    path = source if checkpoint.is_checkpoint(source) else checkpoint.newest(source)
     reason = "there is none" if path is None else checkpoint.damage(path)
     if path is None or reason is not None:
         raise UserError(f"{source} holds no whole checkpoint to export: {reason}")
@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{arguments.run} is no folder; give that of a run, e.g. runs/imagenet")
     from pretrain import checkpoint
 
+    if arguments.out is None and checkpoint.is_checkpoint(arguments.run):
+        raise UserError(f"{arguments.run} is a checkpoint, to which nothing is added: give --out FOLDER")
     source = arguments.run if arguments.step is None else checkpoint.folder(arguments.run, arguments.step)
     if not source.is_dir():
         steps = ", ".join(str(step) for step, _ in checkpoint.existing(arguments.run)) or "none"

@@ -97,7 +97,7 @@ def initialise_from(source: str, module: nn.Module, backbone: nn.Module) -> str:
     if export is not None:
         load_weights(backbone, read_tensors(export), source)
         return "backbone"
-    found = path if (path / "manifest.json").exists() else checkpoint.newest(path)
+    found = path if checkpoint.is_checkpoint(path) else checkpoint.newest(path)
     if found is None or checkpoint.damage(found) is not None:
         raise UserError(f"init_from={source}: no whole checkpoint and no model.safetensors there")
     tensors = checkpoint.load(found).tensors

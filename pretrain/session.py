@@ -111,6 +111,8 @@ def open_session(
     if snapshot is not None:
         resume.check_data(snapshot, _fingerprint(loader))
     start, steps = 0 if snapshot is None else snapshot.step, num_steps(config, len(loader))
+    if start > steps:
+        raise UserError(f"{run_dir} has trained for {start:,} steps already: {steps:,} lie behind it; give more")
     ema = _make_ema(engine, config, steps, snapshot)
     session = Session(
         config=config,

@@ -94,6 +94,9 @@ def test_others_may_read_an_export_and_nothing_else_is_replaced(run_dir: Path, t
 
 
 def test_errors_name_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
+    saved = checkpoint.newest(run_dir)
+    with pytest.raises(UserError, match=r"is a checkpoint.*--out"):
+        export.main([str(saved)])
     with pytest.raises(UserError, match=r"no checkpoint of step 8; there are 7"):
         export.main([str(run_dir), "--step", "8"])
     with pytest.raises(UserError, match="is no folder"):
