@@ -1,13 +1,15 @@
-"""Features of a whole data set in a memory-mapped file, computed once by all processes together.
+"""Features of a whole data set in one file, computed once by all processes together.
 
-Owns: the file (rows.npy [N, D] float32 in the order of the data set, a flag for each finished block, columns.json with
-the names of the columns and a description), so that an interrupted extraction goes on where it was.
+Owns: the file (rows.npy [N, D] float32 in the order of the data set), columns.json with the names of the columns and a
+description, and done_*.txt, in which each process notes the blocks that it has finished, so that an interrupted
+extraction goes on where it was. Nothing is mapped while it is written: processes of several nodes may share NFS.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ PIXEL_SIDE = 32  # raw pixels are taken at this size at most
 
 @dataclass(frozen=True)
 class Table:
-    """Attributes: rows [N, D] float32, memory-mapped; columns: name -> (first, last + 1)."""
+    """Attributes: rows [N, D] float32, mapped; columns: name -> (first, last + 1)."""
 
     rows: np.ndarray
     columns: Mapping[str, tuple[int, int]]
@@ -87,22 +89,21 @@ def extract(
     blocks = samples.blocks(batch_size)
     if rank == 0 and not (folder / "columns.json").exists():
         first = compute(samples.images(blocks[0][:1], resize=resize, size=size), [0])
-        _create(folder, len(samples), len(blocks), {kind: rows.shape[1] for kind, rows in first.items()}, description)
+        _create(folder, len(samples), {kind: rows.shape[1] for kind, rows in first.items()}, description)
     results.wait_for((folder / "columns.json").exists, 600, f"the table of features in {folder}")
-    rows, done = _opened(folder)
-    missing = [block for block in range(rank, len(blocks), world_size) if not done[block]]
+    done = _done(folder)
+    missing = [block for block in range(rank, len(blocks), world_size) if block not in done]
+    note = _note(folder)
     for block, images in _read_ahead(missing, lambda block: samples.images(blocks[block], resize=resize, size=size)):
         found = compute(images, list(blocks[block]))
-        rows[blocks[block].start : blocks[block].stop] = torch.cat(list(found.values()), dim=1).cpu().numpy()
-        rows.flush()
-        done[block] = 1
-        done.flush()
+        _write(folder, blocks[block].start, torch.cat(list(found.values()), dim=1).cpu().numpy())
+        with open(note, "a") as file:
+            file.write(f"{block}\n")
     if rank != 0:
         return None
-    results.wait_for(lambda: bool(done.all()), 24 * 3600, f"features in {folder}")
-    return Table(
-        rows, {k: (a, b) for k, (a, b) in json.loads((folder / "columns.json").read_text())["columns"].items()}
-    )
+    results.wait_for(lambda: len(_done(folder)) == len(blocks), 24 * 3600, f"features in {folder}")
+    columns = json.loads((folder / "columns.json").read_text())["columns"]
+    return Table(_mapped(folder), {kind: (first, last) for kind, (first, last) in columns.items()})
 
 
 def _read_ahead(blocks: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -114,20 +115,43 @@ def _read_ahead(blocks: Sequence[int], read: Callable[[int], Tensor]) -> Iterato
             yield block, reading.pop(0).result()
 
 
-def _create(folder: Path, count: int, blocks: int, widths: dict[str, int], description: dict[str, Any]) -> None:
-    """Make the files; columns.json comes last and says that the others are there."""
+def _create(folder: Path, count: int, widths: dict[str, int], description: dict[str, Any]) -> None:
+    """Make the files; columns.json comes last and says that the other is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shape, kind in (("rows", (count, sum(widths.values())), "float32"), ("done", (blocks,), "uint8")):
-        partial = folder / f".{name}.{os.getpid()}.npy"
-        np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape).flush()
-        os.replace(partial, folder / f"{name}.npy")
+    for left in folder.glob("done_*.txt"):
+        left.unlink()
+    partial = folder / f".rows.{os.getpid()}.npy"
+    np.lib.format.open_memmap(partial, mode="w+", dtype="float32", shape=(count, sum(widths.values()))).flush()
+    os.replace(partial, folder / "rows.npy")
     ends = np.cumsum(list(widths.values())).tolist()
     columns = {kind: (end - width, end) for (kind, width), end in zip(widths.items(), ends)}
     results.write_json(folder / "columns.json", {"columns": columns, **description})
 
 
-def _opened(folder: Path) -> tuple[np.memmap, np.memmap]:
-    return (
-        np.lib.format.open_memmap(folder / "rows.npy", mode="r+"),
-        np.lib.format.open_memmap(folder / "done.npy", mode="r+"),
-    )
+def _mapped(folder: Path) -> np.memmap:
+    """The rows as they are now; writing to them changes no file."""
+    return np.lib.format.open_memmap(folder / "rows.npy", mode="c")
+
+
+def _write(folder: Path, first: int, rows: np.ndarray) -> None:
+    """Put rows [b, D] float32 into the file, from row `first` on."""
+    with open(folder / "rows.npy", "r+b") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        file.seek(first * rows[0].nbytes, os.SEEK_CUR)
+        file.write(rows.astype(np.float32, copy=False).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _note(folder: Path) -> Path:
+    """A new file for the blocks that this process finishes."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix="done_", suffix=".txt")
+    os.close(handle)
+    return Path(name)
+
+
+def _done(folder: Path) -> set[int]:
+    """Blocks that some process has finished."""
+    texts = [path.read_text() for path in folder.glob("done_*.txt")]
+    return {int(line) for text in texts for line in text.split("\n")[:-1]}  # after the last newline: half a number

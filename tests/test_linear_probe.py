@@ -96,16 +96,18 @@ def test_features_are_shared_resumed_and_in_order(
 
     options = {"resize": 32, "size": 32, "batch_size": 4, "description": {}}
     folder = tmp_path / "table"
-    features._create(folder, 16, 4, {"pixels": 3072, "place": 1}, {})
+    features._create(folder, 16, {"pixels": 3072, "place": 1}, {})
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert features.extract(folder, samples, compute, **options) is None
     assert seen == [4, 5, 6, 7, 12, 13, 14, 15]
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("RANK", "0")
+    (folder / "done_killed.txt").write_text("2")  # within a number: not block 2, nor anything else
     table = features.extract(folder, samples, compute, **options)
     assert table is not None
     assert seen[8:] == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert features._done(folder) == {0, 1, 2, 3}
     assert table.take("place").flatten().tolist() == list(range(16))
     torch.testing.assert_close(table.take("pixels")[3], samples.image(3).flatten())
     assert table.take("all").shape == (16, 3073)
