@@ -70,8 +70,10 @@ def _read(run: Path) -> dict[str, Any]:
     for path in sorted({*run.glob("downstream/*/results.json"), *run.glob("results.json")}):
         result = json.loads(path.read_text())
         suffix = "" if path.parent.name in (result["task"], run.name) else f", {path.parent.name}"
+        own = ""
         for place, (name, columns) in enumerate(_scores(result)):
-            control = name.removeprefix(f"{run.resolve().name} ").strip("()")  # "RUN (random)" -> "random"
+            own = own or name  # at the time of the evaluation: the run's folder may have another by now
+            control = name.removeprefix(f"{own} ").strip("()")  # "RUN (random)" -> "random"
             into = scores if place == 0 else beside.setdefault(control, {})
             into |= {column + suffix: value for column, value in columns.items()}
         if result["task"] == "object_discovery" and not suffix:

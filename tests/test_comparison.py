@@ -76,6 +76,13 @@ def test_scores_on_other_images_are_not_paired(tmp_path: Path) -> None:
     assert comparison.collect(runs)["rows"][1]["difference"] is None
 
 
+def test_a_run_renamed_since_its_evaluation_keeps_its_random_weights(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", np.full(IMAGES, 0.8)).rename(tmp_path / "b")
+    table = comparison.collect([run])
+    assert table["rows"][0]["scores"]["FG-ARI of random weights"]["mean"] == pytest.approx(0.2)
+    assert [row["name"] for row in table["beside"]] == ["one segment"]
+
+
 def test_evaluations_under_a_name_of_their_own_are_columns_of_their_own(tmp_path: Path) -> None:
     run = make(tmp_path, "a", np.full(IMAGES, 0.5))
     other = run / "downstream" / "uptile 4" / "results.json"
