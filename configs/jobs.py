@@ -162,6 +162,7 @@ class RobustnessConfig(EvaluationConfig):
     )
     settings: tuple[Literal["fixed", "eot"], ...] = Field(
         ("fixed", "eot"),
+        min_length=1,
         description="fixed: one start that the attacker knows; eot: fresh starts, gradients averaged over them",
     )
     eps: PositiveFloat = Field(8 / 255, description="radius of the Linf ball, images in [0, 1]")
@@ -178,7 +179,7 @@ class RobustnessConfig(EvaluationConfig):
     starts: PositiveInt = Field(8, description="fresh starts that predictions and adversarial images are scored on")
     transfer_from: str | None = Field(None, description="another classifier whose adversarial images are tried")
     corruptions: tuple[str, ...] = Field(("all",), description="names of CIFAR-10-C's corruptions, all, or none")
-    severities: tuple[int, ...] = Field((1, 2, 3, 4, 5), description="their severities")
+    severities: tuple[int, ...] = Field((1, 2, 3, 4, 5), min_length=1, description="their severities")
     cifar10c: str | None = Field(None, description="folder of the published CIFAR-10-C arrays instead of our own")
     pictures: NonNegativeInt = Field(8, description="adversarial images drawn")
 

@@ -63,7 +63,7 @@ def measure(trial: Trial, out: Path) -> dict[str, Any]:
     if config.transfer_from is not None:
         source = classifier.load(config.transfer_from, device=config.device)
         document["transfer"] = trial.timed("transfer", lambda: robust_scores.transfer(trial, source))
-    if config.corruptions != ("none",):
+    if config.corruptions not in ((), ("none",)):
         document["corruptions"], many, labels = trial.timed("corruptions", lambda: robust_scores.corrupted(trial))
         reliability["corrupted"] = calibration.reliability(many.mean(0), labels)
     document["signs_of_masking"] = robust_scores.signs_of_masking(document)

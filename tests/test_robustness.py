@@ -77,6 +77,15 @@ def test_the_whole_test(exported: Path, shards: Path, tmp_path: Path, capsys: py
     assert "clean, fixed start" in capsys.readouterr().out
 
 
+def test_parts_left_out_are_left_out(exported: Path, shards: Path, tmp_path: Path) -> None:
+    nothing = [*BUDGET, "--attacks", "--curve", "--corruptions"]
+    assert robustness.main(["--ckpt", str(exported), "--data", str(shards), "--out", str(tmp_path), *nothing]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["clean"]["fixed"]["images"] == 4
+    assert not document["attacks"]
+    assert "corruptions" not in document
+
+
 def test_images_are_read_resized_and_bounded(shards: Path) -> None:
     data = classifier.read(str(shards), limit=3, size=16, num_classes=10)
     assert data.images.shape == (3, 16, 16, 3)
@@ -94,6 +103,7 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
         (["--ckpt", "EXPORT", "--corruptions", "rain"], "no corruption 'rain'"),
         (["--ckpt", "EXPORT", "--corruptions", "frots"], "did you mean 'frost'"),
         (["--ckpt", "EXPORT", "--severities", "6"], "severity 6 does not exist"),
+        (["--ckpt", "EXPORT", "--severities"], "severities.*at least 1 item"),
         ([], "no classifier"),
     ],
 )
