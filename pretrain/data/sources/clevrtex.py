@@ -26,10 +26,12 @@ CENTRAL = 0.8
 SHARES = {"test": (0.0, 0.1), "val": (0.1, 0.2), "train": (0.2, 1.0)}
 
 
-def square(image: np.ndarray, labels: np.ndarray, top: int, left: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square of a picture and its labels, brought to 128 px: uint8 [128, 128, 3], int32 [128, 128]."""
+def square(
+    image: np.ndarray, labels: np.ndarray, top: int, left: int, side: int, resample: Image.Resampling
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square of a picture and (nearest) its labels, brought to 128 px: uint8 [128, 128, 3], int32 [128, 128]."""
     box = (left, top, left + side, top + side)
-    small = Image.fromarray(image).crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    small = Image.fromarray(image).crop(box).resize((SIZE, SIZE), resample)
     cut = labels[top : top + side, left : left + side].astype(np.int32)
     return np.array(small), np.array(Image.fromarray(cut).resize((SIZE, SIZE), Image.Resampling.NEAREST))
 
@@ -57,7 +59,8 @@ class ClevrtexSource(PictureSource):
         pixels, labels = decode_image(image), decode_mask(mask)
         height, width = labels.shape
         side = int(CENTRAL * min(height, width))
-        pixels, labels = square(pixels, labels, (height - side) // 2, (width - side) // 2, side)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels, labels = square(pixels, labels, top, left, side, Image.Resampling.BILINEAR)
         return {"png": encode_png(pixels), "instances.png": encode_labels(labels)}
 
 

@@ -3,7 +3,7 @@
 INPUT is the .tfrecords file. Records are read in order: the first ones are the training split, the next 320 the test
 split, as is customary (Greff et al., arXiv 1903.00450, and evaluations after it). CLEVR6 keeps scenes of at most six
 objects. Unless raw, pictures are cut as the published AKOrN evaluation does: Tetrominoes [1:33], CLEVR rows 29 to 221
-and columns 64 to 256, then 128 px (image bilinear, mask nearest).
+and columns 64 to 256, then 128 px (image and mask nearest). That evaluation takes records 64 to 383 as its test set.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from configs.errors import UserError
 from pretrain.data.sources.clevrtex import square
@@ -26,18 +27,24 @@ TEST = 320  # scenes
 
 @dataclass(frozen=True)
 class Form:
-    """How a dataset stores its scenes, and how many records of the file are for training."""
+    """How a dataset stores its scenes, and how many records of the file are for training.
+
+    Attributes:
+        entities: masks of a scene, the background's first.
+        entities_last: masks are stored as [H, W, entities], not [entities, H, W].
+    """
 
     height: int
     width: int
     entities: int
     train: int
     most_objects: int | None = None
+    entities_last: bool = False
 
 
 FORMS = {
     "tetrominoes-records": Form(35, 35, 4, 60_000),
-    "multi-dsprites-records": Form(64, 64, 6, 60_000),
+    "multi-dsprites-records": Form(64, 64, 6, 60_000, entities_last=True),
     "clevr6-records": Form(240, 320, 11, 70_000, most_objects=6),
     "clevr-records": Form(240, 320, 11, 70_000),
 }
@@ -84,10 +91,14 @@ def _scenes(name: str, path: Path, first: int, last: int | None, limit: int | No
 
 def _decode(form: Form, features: dict[str, Value]) -> tuple[np.ndarray, np.ndarray] | None:
     """Image uint8 [H, W, 3] and labels uint8 [H, W] (0: first entity, the background); None: too many objects."""
-    shape = (form.entities, form.height, form.width)
-    image, mask = _pixels(features, "image", (*shape[1:], 3)), _pixels(features, "mask", shape)
+    size = (form.height, form.width)
+    image = _pixels(features, "image", (*size, 3))
+    if form.entities_last:
+        mask = np.moveaxis(_pixels(features, "mask", (*size, form.entities)), -1, 0)
+    else:
+        mask = _pixels(features, "mask", (form.entities, *size))
     visible = np.asarray(features.get("visibility", np.ones(form.entities)), np.float32)
-    if form.most_objects is not None and (visible > 0).sum() > form.most_objects + 1:
+    if form.most_objects is not None and (visible[1:] > 0).sum() > form.most_objects:
         return None
     labels = np.where(mask.any(axis=0), mask.argmax(axis=0), 0).astype(np.uint8)
     return image, labels
@@ -106,5 +117,5 @@ def _parts(name: str, image: np.ndarray, labels: np.ndarray, *, raw: bool) -> di
     if not raw and name.startswith("tetrominoes"):
         image, labels = image[1:33, 1:33], labels[1:33, 1:33]
     elif not raw and name.startswith("clevr"):
-        image, labels = square(image, labels, 29, 64, 192)
+        image, labels = square(image, labels, 29, 64, 192, Image.Resampling.NEAREST)
     return {"png": encode_png(np.ascontiguousarray(image)), "instances.png": encode_labels(labels)}
