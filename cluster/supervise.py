@@ -60,6 +60,10 @@ class Supervisor(Controller):
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop_requests += 1
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the ranks that they are asked to end."""
         at_once = self.stop_requests > 1 or self.submission.link != "pretrain"  # an evaluation keeps the parts it has
         for task in self.tasks:
             if at_once:
@@ -97,6 +101,8 @@ class Supervisor(Controller):
         """One life: start the ranks and wait until all have ended, or the patience with the others of a broken one has.
         Returns their exit codes; None for those that still run."""
         self.start_tasks()
+        if self.stop_requests:  # in the meantime, so that not all of them were told
+            self._pass_on()
         deadline = float("inf")
         codes = [task.poll() for task in self.tasks]
         while None in codes and time.monotonic() < deadline:
@@ -112,20 +118,22 @@ class Supervisor(Controller):
         """All lives, until the job is done, given up or stopped."""
         if not self._wait_for_others():
             return
-        for life in range(len(self.submission.lives()), sys.maxsize):
+        life = len(self.submission.lives())
+        while not self.stop_requests:
             os.environ["AKORN_LIFE"] = str(life)
             try:
                 codes = self.live()
             finally:
                 self.kill_tasks()
             if self.stop_requests:
-                self._declare_stopped()
-                return
+                break
             verdict = patiently(partial(self._judge, life, codes), stopped=lambda: self.stop_requests > 0)
             say(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {verdict.action}: {verdict.reason}")
             if self._is_over(verdict):
                 return
             self._pause()
+            life += 1
+        self._declare_stopped()
 
     def _judge(self, life: int, codes: Sequence[int | None]) -> Verdict:
         return decide(
@@ -149,7 +157,7 @@ class Supervisor(Controller):
 
     def _pause(self) -> None:
         """Wait before a restart, longer each time that nothing was gained."""
-        seconds = min(_LONGEST_PAUSE_S, 2.0 ** (stuck(self.submission.failures()) - 1))
+        seconds = min(_LONGEST_PAUSE_S, 2.0 ** min(stuck(self.submission.failures()) - 1, 10))
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.stop_requests:
             time.sleep(_POLL_S)

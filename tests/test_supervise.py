@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import chain, launch
+from cluster import chain, control, launch
 from cluster.process import alive
 from cluster.state import state_of
 from cluster.submission import Submission, latest
@@ -126,6 +126,19 @@ def test_ctrl_c_saves_and_stops_and_resume_goes_on(place: Path, monkeypatch: pyt
     monkeypatch.setenv("STANDIN_STEP_S", "0")
     assert launch.main(["resume", "r"]) == 0
     assert [row["step"] for row in rows(home)] == list(range(1, 201))
+
+
+def test_a_stop_between_two_lives_is_heeded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_STEP_S", "0.05")
+    assert launch.main(["run.yaml", "steps=1000", "--detach"]) == 0
+    home = place / "runs" / "r"
+    wait_for(lambda: has_steps(home, 3))
+    submission = latest(home)["pretrain"]
+    os.kill(rank_pids(submission)[1], signal.SIGKILL)
+    wait_for(lambda: bool(submission.failures()))  # now the supervisor pauses before the next life
+    control.ask_to_stop(submission)
+    wait_for(lambda: submission.outcome() is not None)
+    assert state_of(submission).name == "stopped"
 
 
 def test_a_second_launch_says_that_the_run_is_running_and_where(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
