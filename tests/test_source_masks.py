@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def test_voc_keeps_its_palette_masks(tmp_path: Path) -> None:
         (root / name).mkdir(parents=True)
     labels = np.zeros((40, 60), np.uint8)
     labels[5:20, 5:20], labels[20:30, 20:30], labels[4, :] = 1, 2, 255
+    other = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Segmentation"  # an earlier year beside it
+    other.mkdir(parents=True)
+    (other / "val.txt").write_text("000032\n")
     for name in ("2007_000032", "2007_000033"):
         (root / "JPEGImages" / f"{name}.jpg").write_bytes(encode_jpeg(photo(4)))
         for folder_ in ("SegmentationObject", "SegmentationClass"):
@@ -40,6 +44,8 @@ def test_voc_keeps_its_palette_masks(tmp_path: Path) -> None:
         assert sample.key.endswith("2007_000033")
         np.testing.assert_array_equal(decode_mask(sample.parts["instances.png"]), labels)
     (root / "SegmentationClass" / "2007_000032.png").unlink()
+    (root / "ImageSets/Segmentation/train.txt").write_text("2007_000033\n")
+    assert list(voc.open_source("voc", request(root, tmp_path, splits=("train",)))) == ["train"]
     with pytest.raises(UserError, match=r"SegmentationClass/2007_000032.png is not there"):
         voc.open_source("voc", request(root, tmp_path))
 
@@ -148,7 +154,9 @@ def test_clevrtex_is_cut_and_split_as_published(tmp_path: Path, variant: str) ->
         picture = photo(number, 240, 320)
         (root / f"CLEVRTEX_{variant}_{number:06d}.png").write_bytes(encode_png(picture))
         (root / f"CLEVRTEX_{variant}_{number:06d}_flat.png").write_bytes(encode_png(labels))
-    sources = clevrtex.open_source(f"clevrtex-{variant}", request(tmp_path, tmp_path))
+    ask = request(tmp_path, tmp_path)
+    sources = clevrtex.open_source(f"clevrtex-{variant}", ask)
+    assert re.match("10 pictures, the whole set has [125]0,000: with all its archives", ask.notes[0])
     sizes = {split: len(source) for split, source in sources.items()}
     assert sizes == ({"test": 10} if variant == "outd" else {"test": 1, "val": 1, "train": 8})
     sample = samples_of(sources["test"])[0]

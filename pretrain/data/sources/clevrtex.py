@@ -23,6 +23,7 @@ from pretrain.data.sources.tree import Tree, numbers_by_name, open_tree
 
 SIZE = 128  # pixels
 CENTRAL = 0.8
+COMPLETE = {"full": 50_000, "outd": 10_000, "camo": 20_000}  # pictures
 SHARES = {"test": (0.0, 0.1), "val": (0.1, 0.2), "train": (0.2, 1.0)}
 
 
@@ -85,6 +86,10 @@ def open_source(name: str, request: Request) -> dict[str, ClevrtexSource]:
         if mask not in numbers:
             raise UserError(f"{request.input}: {mask} is missing; unpack the archive completely")
         files.append((numbers[image], numbers[mask]))
+    if len(found) != COMPLETE[variant]:
+        request.notes.append(
+            f"{len(found):,} pictures, the whole set has {COMPLETE[variant]:,}: with all its archives splits are others"
+        )
     if variant == "outd":
         return {"test": ClevrtexSource(tree, files, request.raw)}
     shares = {split: files[int(a * len(files)) : int(b * len(files))] for split, (a, b) in SHARES.items()}

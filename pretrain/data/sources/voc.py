@@ -56,8 +56,9 @@ def open_source(name: str, request: Request) -> dict[str, VocSource]:
     numbers = numbers_by_name(tree)
     sources = {}
     for split in ("train", "val"):
-        listed = next((file for file in numbers if f"/{file}".endswith(f"/{LISTS}{split}.txt")), None)
-        if listed is not None:
+        lists = [file for file in numbers if f"/{file}".endswith(f"/{LISTS}{split}.txt")]
+        if lists and (not request.splits or split in request.splits):
+            listed = min(lists, key=lambda file: "VOC2012/" not in file)  # VOC2007 may lie beside it
             root = listed.removesuffix(f"{LISTS}{split}.txt")
             identities = tree.read(numbers[listed]).decode("ascii", "replace").split()
             sources[split] = VocSource(tree, identities, [_files(numbers, root, name, tree) for name in identities])
