@@ -23,6 +23,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 
 TIMEOUT_S = 1800.0  # a peer may compile or wait for a shard for this long; the watchdog is the finer net
+BARRIER_S = 7 * 86_400.0  # longer than anything that one rank does for all; a dead peer is noticed at once
 MOST_FILES = 1 << 16
 
 
@@ -129,10 +130,13 @@ def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def barrier(ranks: Ranks, *, alive: Callable[[], None] = lambda: None) -> None:
-    """Wait for every rank (collective); `alive` is called all the while."""
+    """Wait for every rank, however long that takes (collective); `alive` is called all the while."""
     if ranks.world_size == 1:
         return
-    work = dist.all_reduce(torch.zeros(1), group=ranks.messages, async_op=True)
+    assert ranks.messages is not None
+    options = dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=BARRIER_S)
+    work = ranks.messages.allreduce([torch.zeros(1)], options)
     while not work.is_completed():
         alive()
         time.sleep(0.01)

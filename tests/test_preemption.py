@@ -6,10 +6,13 @@ import os
 import resource
 import signal
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pretrain import distributed, preemption
 from pretrain.distributed import Ranks
@@ -81,8 +84,9 @@ def test_messages(tmp_path: Path) -> None:
 
 
 def waited_for() -> int:
-    """Signs of life of a rank while it waits for the last one."""
+    """Signs of life of a rank while it waits for the last one, for longer than messages may take."""
     ranks, signs = distributed.join(60), list[int]()
+    ranks = replace(ranks, messages=dist.new_group(backend="gloo", timeout=timedelta(seconds=0.3)))
     time.sleep(float(ranks.rank == 1))
     distributed.barrier(ranks, alive=lambda: signs.append(1))
     return len(signs)
