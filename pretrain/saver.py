@@ -16,7 +16,6 @@ from torch import Tensor
 from configs.schema import Checkpoints
 from pretrain import checkpoint
 from pretrain.checkpoint import Snapshot
-from pretrain.lease import Fenced
 
 if TYPE_CHECKING:
     from pretrain.ema import Ema
@@ -57,8 +56,7 @@ class Saver:
     def __init__(self, run_dir: Path, config: Checkpoints, *, report: Report, allowed: Callable[[], None]) -> None:
         self._run_dir, self._config, self._report, self._allowed = run_dir, config, report, allowed
         self._thread: threading.Thread | None = None
-        self._fenced: Fenced | None = None
-        self.last_saved: int | None = None
+        self._raised: Exception | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot, after the one before it is done."""
@@ -74,26 +72,25 @@ class Saver:
         """Wait for the write under way.
 
         Raises:
-            Fenced: it found that another life owns the run.
+            Fenced: it found that another life owns the run. Anything else that ended it, but for the disk's errors, too.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._fenced is not None:
-            raise self._fenced
+        if self._raised is not None:
+            raise self._raised
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
             self._allowed()
             path = checkpoint.write(self._run_dir, snapshot, allowed=self._allowed)
-            self.last_saved = snapshot.step
             self._report("saved", step=snapshot.step, path=str(path.relative_to(self._run_dir)))
             checkpoint.remove_old(self._run_dir, keep_last=self._config.keep_last, keep_every=self._config.keep_every)
-        except Fenced as fenced:
-            self._fenced = fenced
         except OSError as error:
             self._report(
                 "save_failed",
                 step=snapshot.step,
                 reason=f"{error.strerror or error}: the training goes on, older checkpoints are untouched",
             )
+        except Exception as error:  # raised where the training waits for the write
+            self._raised = error

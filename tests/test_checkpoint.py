@@ -150,3 +150,10 @@ def test_saver_goes_on_after_a_failure_and_ends_when_fenced(tmp_path: Path, back
     with pytest.raises(Fenced):
         save()
     assert [step for step, _ in checkpoint.existing(tmp_path)] == [3, 4]
+
+
+def test_a_defect_of_the_write_ends_the_training(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, Checkpoints(), report=lambda event, **fields: None, allowed=lambda: None)
+    saver.save(Snapshot({"step": 1}, {"weights": {"w": torch.zeros(2, dtype=torch.complex64)}}))  # has no format
+    with pytest.raises(KeyError, match="complex64"):
+        saver.join()
