@@ -46,11 +46,13 @@ def export(source: Path, out: Path, *, ema: bool = True) -> Path:
         raise UserError(f"{source} holds no whole checkpoint to export: {reason}")
     snapshot = checkpoint.load(path)
     config = _config(snapshot.state["config"])
-    weights = snapshot.tensors["ema" if ema and "ema" in snapshot.tensors else "weights"]
-    backbone = _backbone(config, weights)
+    averaged = ema and "ema" in snapshot.tensors
+    backbone = _backbone(config, snapshot.tensors["ema" if averaged else "weights"])
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _write(partial, backbone, config, snapshot.step)
+    _write(partial, backbone, config)
+    text = card(config, snapshot.step, averaged=averaged, is_timm=hasattr(backbone, "pretrained_cfg"))
+    (partial / "README.md").write_text(text)
     _put_in_place(partial, out)
     return out
 
@@ -70,7 +72,8 @@ def _backbone(config: PretrainConfig, weights: dict[str, Any]) -> nn.Module:
     return task.backbone.eval()
 
 
-def _write(folder: Path, backbone: Any, config: PretrainConfig, step: int) -> None:
+def _write(folder: Path, backbone: Any, config: PretrainConfig) -> None:
+    """Weights, their description for timm, and the fingerprint, to a new folder."""
     from pretrain import fingerprint
     from pretrain.quiet import quiet
     from pretrain.tensorfile import write_tensors
@@ -89,7 +92,6 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig, step: int) -> No
         write_tensors(folder / "model.safetensors", backbone.state_dict())
         described = {"architecture": config.model.name, "model_args": dict(config.model.args), "task": config.task.name}
         (folder / "config.json").write_text(json.dumps(described, indent=1))
-    (folder / "README.md").write_text(card(config, step, is_timm=hasattr(backbone, "pretrained_cfg")))
 
 
 def _may_replace(out: Path) -> bool:
@@ -106,22 +108,22 @@ def _put_in_place(partial: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def card(config: PretrainConfig, step: int, *, is_timm: bool) -> str:
+def card(config: PretrainConfig, step: int, *, averaged: bool, is_timm: bool) -> str:
     """The model card: what this is, how it was trained, how it is loaded."""
     loading = (
         "```python\nimport pretrain, timm  # pretrain registers the models of this project\n\n"
         'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)  # without it: random\n'
-        "```\n"
+        "```\n\n`fingerprint.json` holds the features of a fixed input; loading through this project checks them.\n"
     )
     size = "" if config.views is None else f" on views of {config.views.size} px"
+    weights = "the running average of those of the training" if averaged else "those after the last step, not averaged"
+    projector = "; the projector is not included" if config.task.name == "simclr" else ""
     return (
-        f"---\ntags: [timm, self-supervised, akorn]\nlibrary_name: timm\n---\n# {config.name}\n\n"
+        f"---\ntags: [timm, akorn, {config.task.name}]\nlibrary_name: timm\n---\n# {config.name}\n\n"
         f"`{config.model.name}`, trained by task `{config.task.name}`{size} for {step} steps with a global batch of "
         f"{config.batch_size} ({config.optimizer.name}, learning rate {config.optimizer.lr:g}, weight decay "
-        f"{config.optimizer.weight_decay:g}). Weights are the running average of those of the training; the "
-        "projector is not included.\n\n"
+        f"{config.optimizer.weight_decay:g}). Weights are {weights}{projector}.\n\n"
         f"{loading if is_timm else ''}"
-        "\n`fingerprint.json` holds the features of a fixed input; loading through this project checks them.\n"
         f"\n<details><summary>configuration</summary>\n\n```json\n{config.model_dump_json(indent=1)}\n```\n</details>\n"
     )
 

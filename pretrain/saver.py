@@ -72,7 +72,7 @@ class Saver:
         """Wait for the write under way.
 
         Raises:
-            Fenced: it found that another life owns the run. Anything else that ended it, but for the disk's errors, too.
+            Fenced: it found that another life owns the run. Anything else that ended it but for the disk's errors.
         """
         if self._thread is not None:
             self._thread.join()

@@ -67,7 +67,10 @@ def test_last_weights_of_a_step_on_demand(run_dir: Path, tmp_path: Path) -> None
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert torch.equal(model(fingerprint.fixed_input([2, 3, 32, 32])), features(run_dir, "weights"))
     assert json.loads((out / "config.json").read_text())["architecture"] == "akorn_nano_patch4_32"
-    assert "local-dir" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "local-dir" in card
+    assert "not averaged" in card
+    assert "running average" in (export.export(run_dir, tmp_path / "averaged") / "README.md").read_text()
 
 
 def test_fingerprint_knows_its_own_weights_from_random_ones(run_dir: Path, tmp_path: Path) -> None:
