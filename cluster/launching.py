@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster import chain, control, executor, preflight, snapshot
 from cluster.chain import PRETRAIN, Link
 from cluster.locate import command_on, located, shown
-from cluster.plan import describe, describe_resources, plan_of
+from cluster.plan import describe, describe_resources, length_of, plan_of
 from cluster.resources import Resources, resolve
 from cluster.state import WAITING, State, states
 from cluster.submission import Submission, hold, latest, submissions, write_atomically
@@ -223,8 +223,7 @@ def planned_steps(home: Path) -> int | None:
     config = load(home / "config.yaml")
     if not isinstance(config, PretrainConfig):
         return None
-    any_resources = Resources("local", 1, 1, 0, 1, config.cluster)  # the number of steps does not depend on them
-    return plan_of(config, any_resources).steps
+    return length_of(config)
 
 
 def point_to_results(home: Path, links: Sequence[Submission]) -> None:

@@ -44,13 +44,17 @@ def plan_of(config: PretrainConfig, resources: Resources) -> Plan:
         )
     per_process = config.batch_size // world_size
     samples = count_samples(config.data.shards)
-    steps, epochs = config.steps, config.epochs
-    if samples and steps is None and epochs is not None:
-        steps = max(1, math.ceil(epochs * samples / config.batch_size))
+    steps, epochs = length_of(config), config.epochs
     if samples and epochs is None and steps is not None:
         epochs = steps * config.batch_size / samples
     micro_batches = math.ceil(per_process / (config.compute.micro_batch or per_process))
     return Plan(world_size, per_process, micro_batches, samples, steps, epochs)
+
+
+def length_of(config: PretrainConfig) -> int | None:
+    """Steps of a run, or None where they depend on the number of samples and the shards have no index yet."""
+    samples = count_samples(config.data.shards)
+    return config.steps if samples is None else config.num_steps(samples)
 
 
 def count_samples(shards: str | tuple[str, ...]) -> int | None:

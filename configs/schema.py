@@ -6,6 +6,7 @@ what they configure. Loading and checking import no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, ClassVar, Literal
 
@@ -232,10 +233,10 @@ class PretrainConfig(Section):
     cluster: Cluster = Cluster()
     downstream: tuple[DownstreamJob, ...] = Field((), description="jobs to run on the result, in order")
 
-    # Keys outside such sections that a resumed run may change. A run may be renamed, and its data may lie elsewhere:
-    # their fingerprint tells whether they are the same.
+    # Keys outside such sections that a resumed run may change. A run may be renamed, its data may lie elsewhere (their
+    # fingerprint tells whether they are the same), and more broken samples may be put up with.
     changeable: ClassVar[frozenset[str]] = frozenset(
-        {"name", "runs_dir", "steps", "epochs", "downstream", "data.shards"}
+        {"name", "runs_dir", "steps", "epochs", "downstream", "data.shards", "data.max_broken"}
     )
 
     @model_validator(mode="after")
@@ -251,6 +252,14 @@ class PretrainConfig(Section):
         if self.optimizer.name == "lars" and self.compute.zero_stage > 0:
             raise ValueError("optimizer.name=lars needs compute.zero_stage=0: its norms are by parameter")
         return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Length of the run over so many images: as given, or epochs rounded up to whole global batches."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # one of the two is given
+        batches = self.epochs * num_samples / self.batch_size
+        return max(1, math.ceil(round(batches, 6)))  # 1.1 * 100 is 110.00000000000001
 
     @property
     def run_dir(self) -> str:

@@ -1,6 +1,6 @@
-"""How long a run is and how the learning rate moves over it: pure functions of the step.
+"""How the learning rate moves over a run: pure functions of the step.
 
-Owns: the length of a run in steps, the warm-up, the cosine and the predicate of everything that happens now and then.
+Owns: the warm-up, the cosine and the predicate of everything that happens now and then.
 Steps count from 0; `learning_rate_at(0)` is used by the first update.
 """
 
@@ -15,14 +15,6 @@ from configs.schema import PretrainConfig, Schedule
 def due(step: int, every: int | None) -> bool:
     """True when a thing done every so many steps is to be done after `step` steps are complete."""
     return every is not None and step > 0 and step % every == 0
-
-
-def num_steps(config: PretrainConfig, num_samples: int) -> int:
-    """Steps of a run over `num_samples` images: as given, or epochs rounded up to whole global batches."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None  # the schema asks for one of the two
-    return max(1, math.ceil(round(config.epochs * num_samples / config.batch_size, 6)))
 
 
 def warmup_steps(schedule: Schedule, batch_size: int, num_samples: int) -> int:
@@ -49,7 +41,7 @@ def learning_rate_at(
 
 def make_schedule(config: PretrainConfig, num_samples: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the step for a run over `num_samples` images."""
-    steps = num_steps(config, num_samples)
+    steps = config.num_steps(num_samples)
     warmup = warmup_steps(config.schedule, config.batch_size, num_samples)
 
     def at(step: int) -> float:

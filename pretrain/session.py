@@ -31,7 +31,7 @@ from pretrain.monitor import Monitor, Sink, TensorBoard, WeightsAndBiases
 from pretrain.observing import Observer, Observing
 from pretrain.runlog import Events, MetricsFile
 from pretrain.saver import Saver
-from pretrain.schedule import make_schedule, num_steps
+from pretrain.schedule import make_schedule
 from pretrain.sickness import Rollback
 from pretrain.tasks import Task, make_task
 from pretrain.watchdog import Watchdog
@@ -110,7 +110,7 @@ def open_session(
     stack.callback(loader.close)
     if snapshot is not None:
         resume.check_data(snapshot, _fingerprint(loader))
-    start, steps = 0 if snapshot is None else snapshot.step, num_steps(config, len(loader))
+    start, steps = 0 if snapshot is None else snapshot.step, config.num_steps(len(loader))
     if start > steps:
         raise UserError(f"{run_dir} has trained for {start:,} steps already: {steps:,} lie behind it; give more")
     ema = _make_ema(engine, config, steps, snapshot)

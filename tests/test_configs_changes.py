@@ -32,6 +32,11 @@ def test_run_and_data_may_have_moved() -> None:
     assert [(change.key, change.new) for change in found] == [("name", "other"), ("data.shards", "/elsewhere/train")]
 
 
+def test_more_broken_samples_may_be_put_up_with() -> None:
+    """What the run advises when it stops for them."""
+    assert [change.key for change in check_resume(config(), config("data.max_broken=0.05"), "r")] == ["data.max_broken"]
+
+
 def test_changed_jobs_are_told_by_name_or_by_what_differs_in_them() -> None:
     none, probe = config("downstream=[]"), config("downstream=[{job: linear_probe, train: a, data: b}]")
     other = config("downstream=[{job: linear_probe, train: a, data: b, images: 9}]")

@@ -36,6 +36,16 @@ def test_the_batch_is_dealt_to_all_processes(tmp_path: Path) -> None:
     assert (made.world_size, made.batch_per_process, made.micro_batches) == (8, 8, 3)
     assert made.steps == 32  # 2 * 1000 / 64 = 31.25, in whole batches
     assert count_samples(str(tmp_path / "none")) is None
+    assert plan_of(config(), resources(2, 4)).steps is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "expected"), [(1.0, 64, 4), (1.0, 65, 5), (2.5, 64, 10), (0.01, 64, 1), (1.1, 1600, 110)]
+)
+def test_epochs_are_rounded_up_to_whole_batches(epochs: float, samples: int, expected: int, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"samples": samples}))
+    made = config(epochs=epochs, batch_size=16, data={"shards": str(tmp_path)})
+    assert plan_of(made, resources(1, 1)).steps == made.num_steps(samples) == expected
 
 
 def test_a_batch_that_does_not_divide_names_what_does() -> None:

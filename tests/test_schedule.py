@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pretrain.schedule import due, learning_rate_at, num_steps, warmup_steps
+from pretrain.schedule import due, learning_rate_at, warmup_steps
 from tests.standin_run import settings
 
 
@@ -28,11 +28,6 @@ def test_cosine_starts_at_the_peak_and_ends_at_its_share() -> None:
 
 def test_extended_run_stays_at_the_end() -> None:
     assert learning_rate_at(500, steps=100, peak=1.0, name="cosine", final=0.5) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("epochs", "samples", "expected"), [(1, 64, 4), (1, 65, 5), (2.5, 64, 10), (0.01, 64, 1)])
-def test_epochs_are_rounded_up_to_whole_batches(epochs: float, samples: int, expected: int) -> None:
-    assert num_steps(settings(steps=None, epochs=epochs, batch_size=16), samples) == expected
 
 
 def test_warm_up_in_epochs() -> None:
