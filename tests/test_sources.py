@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -140,6 +141,24 @@ def test_npz_files_of_several_layouts(tmp_path: Path, layout: str) -> None:
         np.testing.assert_array_equal(decode_image(sample.parts["png"]), expected)
         mask = decode_mask(sample.parts["instances.png"])
         np.testing.assert_array_equal(mask, np.where(labels[number] < 0, 255, labels[number]))
+
+
+def test_npz_files_of_64_bit_floats_need_little_more_memory_than_they_have(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (300, 3, 64, 64), np.uint8)
+    np.savez(tmp_path / "dsprites_train.npz", images=pictures / 255, labels=np.zeros((300, 64, 64), np.uint8))
+    tracemalloc.start()
+    source = npz.open_source("npz", request(tmp_path, tmp_path))["train"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(source.images, pictures.transpose(0, 2, 3, 1))
+    assert peak < 1.5 * 8 * pictures.size
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 256.0])
+def test_npz_files_of_other_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    np.savez(tmp_path / "odd.npz", images=np.full((2, 4, 4), value))
+    with pytest.raises(UserError, match="images must be bytes, or numbers in"):
+        npz.open_source("npz", request(tmp_path / "odd.npz", tmp_path))
 
 
 def test_npz_files_that_want_unpickling_or_hold_no_images_are_refused(tmp_path: Path) -> None:

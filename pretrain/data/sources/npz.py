@@ -103,11 +103,20 @@ def _bytes(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images of shape {images.shape} are none")
     if images.dtype != np.uint8:
-        if images.size and (not np.isfinite(images).all() or images.min() < 0 or images.max() > 255):
-            raise ValueError("images must be bytes, or numbers in [0, 1] or [0, 255]")
-        scale = 255.0 if images.size and images.max() <= 1 else 1.0
-        images = np.rint(images * scale).astype(np.uint8)
+        images = _rounded(images)
     return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+
+
+def _rounded(images: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] or [0, 255] -> uint8, image by image: the published files hold gigabytes of 64-bit floats."""
+    least, most = images.min(initial=0), images.max(initial=0)
+    if not (least >= 0 and most <= 255):
+        raise ValueError("images must be bytes, or numbers in [0, 1] or [0, 255]")
+    scale = 255.0 if most <= 1 else 1.0
+    rounded = np.empty(images.shape, np.uint8)
+    for number, image in enumerate(images):
+        rounded[number] = np.rint(image * scale)
+    return rounded
 
 
 def _maps(labels: np.ndarray, count: int) -> np.ndarray:
