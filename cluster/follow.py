@@ -96,7 +96,6 @@ def follow(home: Path, links: Sequence[Submission], steps: int | None) -> dict[s
 
 def _follow(home: Path, links: Sequence[Submission], steps: int | None, screen: Screen) -> dict[str, State]:
     reader = RunReader(home, steps)
-    reader.read()
     seen: dict[str, tuple[str, str]] = {}
     generations: dict[str, int] = {}
     while True:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.tail import JsonTail
+from cluster.tail import JsonTail, last_rows
 
 # Keys of an event that its line does not repeat.
 _NOT_SHOWN = frozenset({"time", "event", "step", "steps", "generation", "rank", "zero_stage", "stream", "kernels"})
 # Events that the launcher tells in its own words.
 _TOLD = frozenset({"finished", "saved"})
+# Rows whose steps tell the speed.
+_RECENT = 64
 
 
 @dataclass
@@ -28,7 +30,20 @@ class Progress:
     steps: int | None = None
     step: int = 0
     figures: dict[str, float] = field(default_factory=dict)
-    _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    _step_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    @classmethod
+    def of(cls, home: Path, steps: int | None) -> Progress:
+        """What a run of so many steps has reached, by the last rows of its metrics."""
+        progress = cls(steps)
+        progress.take_in(last_rows(home / "metrics.jsonl", _RECENT))
+        return progress
+
+    def take_in(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in rows of metrics.jsonl."""
+        for row in rows:
+            if "step" in row:
+                self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in a row of metrics.jsonl, which tells of a complete step."""
@@ -64,15 +79,13 @@ class RunReader:
     """Follows metrics.jsonl and events.jsonl of a run."""
 
     def __init__(self, home: Path, steps: int | None) -> None:
-        self.progress = Progress(steps)
-        self._metrics = JsonTail(home / "metrics.jsonl")
+        self._metrics = JsonTail(home / "metrics.jsonl").skip()
+        self.progress = Progress.of(home, steps)
         self._events = JsonTail(home / "events.jsonl").skip()
 
     def read(self) -> list[str]:
         """Take in what is new; returns a line for each new event worth showing."""
-        for row in self._metrics.read():
-            if "step" in row:
-                self.progress.add(row)
+        self.progress.take_in(self._metrics.read())
         lines = []
         for row in self._events.read():
             if isinstance(row.get("steps"), int):

@@ -15,8 +15,8 @@ from pathlib import Path
 from cluster.locate import absolute, shown
 from cluster.progress import Progress, duration, event_text
 from cluster.state import WAITING, State, states
-from cluster.submission import Submission, latest
-from cluster.tail import last_row, last_rows
+from cluster.submission import Submission, latest, read_lines
+from cluster.tail import last_row
 from configs import UserError
 
 
@@ -55,18 +55,9 @@ def homes(runs_dir: str) -> list[Path]:
 
 
 def progress_of(home: Path) -> Progress:
-    """The newest figures of a run, with the speed over its last rows."""
-    progress = Progress(_steps(home))
-    for row in last_rows(home / "metrics.jsonl", 50):
-        if "step" in row:
-            progress.add(row)
-    return progress
-
-
-def _steps(home: Path) -> int | None:
-    """The length of the run, as its last start wrote it down."""
-    rows = last_rows(home / "events.jsonl", 200)
-    return next((row["steps"] for row in reversed(rows) if isinstance(row.get("steps"), int)), None)
+    """The newest figures of a run, of the length that its last start wrote down."""
+    lengths = [row["steps"] for row in read_lines(home / "events.jsonl") if isinstance(row.get("steps"), int)]
+    return Progress.of(home, lengths[-1] if lengths else None)
 
 
 def run_rows(home: Path) -> list[Row]:

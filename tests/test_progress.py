@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.progress import Progress, RunReader, duration, event_text
+from cluster.status import progress_of
 from cluster.tail import JsonTail, last_lines, last_rows
 
 
@@ -73,6 +74,19 @@ def test_events_are_told_once_and_give_the_length(tmp_path: Path) -> None:
     assert reader.read() == ["started at step 0: world_size 2", "damaged: path step_00000010, reason checksum"]
     assert reader.progress.steps == 50
     assert reader.read() == []
+
+
+def test_a_long_run_is_read_from_its_end(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", *({"step": step, "step_s": 9.0} for step in range(1, 1000)))
+    write(tmp_path / "metrics.jsonl", *({"step": step, "step_s": 2.0} for step in range(1000, 1100)))
+    write(tmp_path / "events.jsonl", {"event": "started", "steps": 2000})
+    write(tmp_path / "events.jsonl", *({"event": "saved", "step": step} for step in range(1100)))
+    reader = RunReader(tmp_path, 2000)
+    for progress in (reader.progress, progress_of(tmp_path)):
+        assert (progress.step, progress.steps, progress.seconds_left) == (1099, 2000, 2.0 * 901)
+    write(tmp_path / "metrics.jsonl", {"step": 1100})
+    assert reader.read() == []
+    assert reader.progress.step == 1100
 
 
 def test_long_values_are_cut() -> None:
