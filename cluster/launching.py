@@ -5,6 +5,7 @@ Owns: their order, and what is printed between them.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = N
     resources = resolve(config.cluster)
     links = chain.links(config, home, in_sequence=resources.executor == "local")
     wanted, past, now = what_is_missing(links, home)
-    each = {link.name: resolve(link.cluster) for link in links}
+    each = chain.resources_of(links)
     found = preflight.checks(config, home, links, each)
     if dry_run:
         print_dry_run(config, home, wanted, each, found)
@@ -133,18 +134,24 @@ def submit(
 
 
 def fetch_weights(config: AnyJob) -> None:
-    """Fetch timm's weights that a job needs, since nodes are often offline. In another process: it needs torch."""
+    """Fetch timm's weights that a job needs, since nodes are often offline."""
+    for name in pretrained_names(config):
+        _fetch(name, config.runs_dir)
+
+
+@functools.cache  # the runs of a sweep need the same ones
+def _fetch(name: str, runs_dir: str) -> None:
+    """Fetch the weights of a model in another process: it needs torch."""
     import subprocess
 
-    for name in pretrained_names(config):
-        print(f"fetching the weights of {name}", flush=True)
-        code = f"import timm; timm.create_model({name!r}, pretrained=True)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            run = Path(config.runs_dir) / name
-            remedy = f"did you mean {shown(run)}?" if run.is_dir() else "check the name and the network"
-            raise UserError(f"the weights of {name} cannot be had: {last[:200]}; {remedy}")
+    print(f"fetching the weights of {name}", flush=True)
+    code = f"import timm; timm.create_model({name!r}, pretrained=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        run = Path(runs_dir) / name
+        remedy = f"did you mean {shown(run)}?" if run.is_dir() else "check the name and the network"
+        raise UserError(f"the weights of {name} cannot be had: {last[:200]}; {remedy}")
 
 
 def pretrained_names(config: AnyJob) -> list[str]:

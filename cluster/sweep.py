@@ -1,6 +1,6 @@
-"""Sweeps: one run for each combination of values, as a job array on SLURM, one after the other on this machine.
+"""Sweeps: one run for each combination of values, as job arrays on SLURM, one after the other on this machine.
 
-Owns: the combinations, the names of their runs, and the submission of the array.
+Owns: the combinations, the names of their runs, and the submission of the arrays.
 """
 
 from __future__ import annotations
@@ -107,13 +107,12 @@ def launch(config_name: str, overrides: Sequence[str], sweeps: Sequence[str], *,
         UserError: something is wrong with one of the runs; none was launched.
     """
     configs = [located_run(config) for config in configurations(config_name, overrides, sweeps)]
-    resources = resolve(configs[0].cluster)
-    on_slurm = resources.executor == "slurm"
+    on_slurm = resolve(configs[0].cluster).executor == "slurm"
     if detach and not on_slurm and not dry_run:
         raise UserError("--sweep on this machine runs one after the other and cannot be detached; use nohup or tmux")
     wanted = {config.run_dir: _outlook(config, on_slurm=on_slurm) for config in configs}
     if dry_run:
-        print(f"{len(configs)} runs, {'one job array' if on_slurm else 'one after the other'}:")
+        print(f"{len(configs)} runs, {'in job arrays' if on_slurm else 'one after the other'}:")
     for home, (_, outlook) in wanted.items():
         print(f"  {shown(home)}: {outlook}")
     chosen = [config for config in configs if wanted[config.run_dir][0]]
@@ -124,7 +123,11 @@ def launch(config_name: str, overrides: Sequence[str], sweeps: Sequence[str], *,
     begun = [config for config in chosen if (Path(config.run_dir) / "jobs").exists()]
     codes = [launching.launch(config, dry_run=False, detach=True) for config in begun]
     new = [config for config in chosen if config not in begun]
-    return max([_launch_array(new, resources) if new else 0, *codes])
+    while new:  # tasks of an array share their resources
+        alike = [config for config in new if config.cluster == new[0].cluster]
+        _launch_array(alike, resolve(new[0].cluster))
+        new = [config for config in new if config not in alike]
+    return max(codes, default=0)
 
 
 def _outlook(config: PretrainConfig, *, on_slurm: bool) -> tuple[bool, str]:
@@ -165,8 +168,10 @@ def located_run(config: PretrainConfig) -> PretrainConfig:
     return there
 
 
-def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> int:
+def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> None:
     """Submit new trainings as one array, and the evaluations of each behind its task."""
+    for config in configs:
+        launching.fetch_weights(config)
     homes = [Path(config.run_dir) for config in configs]
     code, commit = snapshot.take(homes[0]), snapshot.commit()
     trainings = [_prepare(config, home) for config, home in zip(configs, homes)]
@@ -189,7 +194,6 @@ def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> in
         chain.submit(links, home, {PRETRAIN: training}, {training: State("queued")})
         print(f"{shown(home)}: SLURM job {job_id}" + (f" and {len(links)} after it" if links else ""))
     print(f"follow: python cluster/launch.py list --runs-dir {shown(homes[0].parent)}")
-    return 0
 
 
 def _prepare(config: PretrainConfig, home: Path) -> Submission:

@@ -234,6 +234,27 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     assert len(list((place / "runs" / "r_lr-3e-4" / "jobs").glob("*_pretrain"))) == 2
 
 
+def test_a_sweep_over_resources_has_an_array_for_each_and_fetches_weights(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[int, int]] = []
+    fetched: list[str] = []
+
+    def submit(jobs: Sequence[Job], folder: Path, parameters: Mapping[str, Any]) -> list[str]:
+        submitted.append((len(jobs), parameters["time"]))
+        return [f"{len(submitted)}_{number}" for number in range(len(jobs))]
+
+    monkeypatch.setattr(executor, "submit_slurm", submit)
+    monkeypatch.setattr(slurm, "partitions", lambda name: [slurm.Partition("a", True, None, 4, 64, 256_000, {})])
+    monkeypatch.setattr(launching, "_fetch", lambda name, runs_dir: fetched.append(name))
+    both = ["--sweep", "seed=0,1", "--sweep", "cluster.time_min=10,20"]
+    assert launch.main(["run.yaml", "cluster.executor=slurm", *both]) == 0
+    assert submitted == [(2, 10), (2, 20)]
+    probe = "downstream=[{job: linear_probe, ckpt: vit_tiny, train: shards, data: shards}]"
+    assert launch.main(["run.yaml", "name=other", "cluster.executor=slurm", probe, "--sweep", "seed=0,1"]) == 0
+    assert set(fetched) == {"vit_tiny"}
+
+
 def test_weights_are_fetched_for_timm_models_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
