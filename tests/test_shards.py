@@ -106,6 +106,16 @@ def test_shards_that_change_while_in_use_give_damaged_samples(tmp_path: Path, da
     assert (again.shard, again.key, again.reason) == (caught.value.shard, caught.value.key, caught.value.reason)
 
 
+def test_a_descriptor_that_its_file_server_has_forgotten_is_opened_anew(tmp_path: Path) -> None:
+    reader = ShardReader(write(tmp_path))
+    reader.read(0)
+    (descriptor,) = reader._open.values()
+    useless = os.open(tmp_path / "000.tar", os.O_WRONLY)  # reading it fails, each time
+    os.dup2(useless, descriptor)
+    os.close(useless)
+    assert [reader.read(n)["cls"] for n in (1, 2)] == [b"1", b"2"]
+
+
 def test_remote_shards_need_a_staging_folder(tmp_path: Path) -> None:
     write(tmp_path)
     index = ShardIndex.open(f"pipe:cat {tmp_path}/{{000..002}}.tar", cache_dir=tmp_path / "cache")

@@ -95,13 +95,25 @@ class ShardReader:
 
     def _part(self, shard: int, offset: int, size: int) -> bytes:
         with self._lock:
-            descriptor = self._descriptor(shard)
-            header, data = os.pread(descriptor, BLOCK, offset - BLOCK), os.pread(descriptor, size, offset)
+            try:
+                header, data = self._pread(shard, offset, size)
+            except OSError:  # a file server that was away may know nothing of what was open (ESTALE, ESHUTDOWN)
+                self._forget(shard)
+                header, data = self._pread(shard, offset, size)
         if len(header) + len(data) < BLOCK + size:
             raise ShardChangedError("the shard is shorter than when it was indexed")
         if header[257:262] != b"ustar" or not _same_size(header[124:136], size):
             raise ShardChangedError("the shard is not the one that was indexed (no such file at this place)")
         return data
+
+    def _pread(self, shard: int, offset: int, size: int) -> tuple[bytes, bytes]:
+        descriptor = self._descriptor(shard)
+        return os.pread(descriptor, BLOCK, offset - BLOCK), os.pread(descriptor, size, offset)
+
+    def _forget(self, shard: int) -> None:
+        if shard in self._open:
+            with suppress(OSError):
+                os.close(self._open.pop(shard))
 
     def _descriptor(self, shard: int) -> int:
         found = self._open.pop(shard, None)
