@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import threading
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def test_every_sample_comes_back_byte_for_byte_also_from_a_pickled_reader_in_thr
     assert not wrong
     assert set(reader.read(0, only=("cls", "absent"))) == {"cls"}
     reader.close()
+
+
+@pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "posix"])
+def test_tars_of_gnu_tar_in_each_of_its_formats_are_read(tmp_path: Path, form: str) -> None:
+    (tmp_path / "1.png").write_bytes(parts_of(0, 2)["png"])
+    (tmp_path / "1.cls").write_bytes(b"2\n")
+    subprocess.run(["tar", f"--format={form}", "-cf", "a.tar", "1.png", "1.cls"], cwd=tmp_path, check=True)
+    index = ShardIndex.open(tmp_path)
+    assert index.label(0) == 2
+    assert ShardReader(index).read(0) == {**parts_of(0, 2), "cls": b"2\n"}
 
 
 def test_bytes_depend_on_nothing_but_the_samples(tmp_path: Path) -> None:

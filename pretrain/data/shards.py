@@ -19,7 +19,7 @@ import numpy as np
 from pretrain.data.index import ShardIndex
 from pretrain.data.location import is_remote
 from pretrain.data.staging import ShardChangedError, Staging
-from pretrain.data.tar import BLOCK
+from pretrain.data.tar import BLOCK, is_header
 
 MAX_OPEN = 128  # shards kept open by a reader
 
@@ -102,7 +102,7 @@ class ShardReader:
                 header, data = self._pread(shard, offset, size)
         if len(header) + len(data) < BLOCK + size:
             raise ShardChangedError("the shard is shorter than when it was indexed")
-        if header[257:262] != b"ustar" or not _same_size(header[124:136], size):
+        if not is_header(header) or not _same_size(header[124:136], size):
             raise ShardChangedError("the shard is not the one that was indexed (no such file at this place)")
         return data
 

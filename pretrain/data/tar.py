@@ -1,7 +1,7 @@
 """Tar: the headers of an archive, read in one pass over a stream. Written for tars made by others, even hostile ones.
 
 Nothing is extracted. Names are data, never paths; links, devices and names that would leave a folder are reported and
-passed over. ustar, GNU long names and pax (path, size) are understood, as Python's tarfile writes them; tarfile itself
+passed over. v7, ustar, GNU long names and pax (path, size) are understood, as Python's tarfile writes them; tarfile itself
 is 2.5 times slower, keeps an object per member, and raises many kinds of errors on garbage.
 """
 
@@ -104,6 +104,11 @@ def _number(field: bytes) -> int:
     return int(text or b"0", 8) if re.fullmatch(rb"[0-7]*", text) else -1
 
 
+def is_header(block: bytes) -> bool:
+    """Whether a block of 512 bytes is the header of a member, by its checksum."""
+    return _number(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
+
+
 def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "replace")
 
@@ -138,7 +143,7 @@ def _header(stream: Stream, report: Callable[[str], None]) -> tuple[bytes, int] 
         return None
     if len(header) < BLOCK:
         raise TarDamagedError(f"ends inside a header at byte {position}" if header else "empty file")
-    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
+    if not is_header(header):
         raise TarDamagedError(f"no tar header at byte {position} (wrong checksum)")
     size = _number(header[124:136])
     if size < 0:
