@@ -86,6 +86,8 @@ def protocol_of(config: ObjectDiscoveryConfig, preset: Preset) -> Protocol:
         raise UserError(f"distance={config.distance} cuts a dendrogram: it needs method=linkage, not {config.method}")
     if config.sweep and config.method == "codebook":
         raise UserError("sweep is not available with method=codebook: run it once for each k")
+    if config.sweep and config.distance is not None:
+        raise UserError("sweep is over numbers of segments, which distance replaces: give one of the two")
     return Protocol(
         preset=preset, grouping=grouping, sweep=config.sweep, uptile=config.uptile, starts=config.starts,
         choose=config.choose, batch_size=config.batch_size,
@@ -94,15 +96,29 @@ def protocol_of(config: ObjectDiscoveryConfig, preset: Preset) -> Protocol:
 
 def features(encoder: Encoder, images: Tensor, *, uptile: int, start: int) -> Tensor:
     """Feature maps [B, D, h * uptile, w * uptile] of images [B, 3, H, W] in [0, 1]; every shift has its own start."""
+    maps = [encoder.encode(view, start_seed=seed).map for view, seed in _views(encoder, images, uptile, start)]
+    return interleave(torch.stack(maps), factor=uptile)
+
+
+def energies(encoder: Encoder, images: Tensor, *, uptile: int, start: int) -> Tensor:
+    """Energy of each image [B] in the forward passes of `features`, averaged over the shifts."""
+    passes = [encoder.energy(view, start_seed=seed) for view, seed in _views(encoder, images, uptile, start)]
+    return torch.stack(passes).mean(0)
+
+
+def _views(encoder: Encoder, images: Tensor, uptile: int, start: int) -> list[tuple[Tensor, int]]:
+    """What the model sees, each with the seed of its start: the images, or the shifted crops (not clamped: published).
+
+    Raises:
+        UserError: the up-tiling factor does not divide the patch.
+    """
     if uptile == 1:
-        return encoder.encode(images, start_seed=start).map
+        return [(images, start)]
     try:
-        crops = shifted_crops(encoder.resize(images), patch=encoder.patch, factor=uptile).clamp(0, 1)
+        crops = shifted_crops(encoder.resize(images), patch=encoder.patch, factor=uptile)
     except ValueError as error:
         raise UserError(f"{encoder.name}: {error}") from None
-    seeds = range(start * uptile**2, (start + 1) * uptile**2)
-    maps = [encoder.encode(crop, start_seed=seed).map for crop, seed in zip(crops, seeds)]
-    return interleave(torch.stack(maps), factor=uptile)
+    return [(crop, start * uptile**2 + shift) for shift, crop in enumerate(crops)]
 
 
 def segments(encoder: Encoder, images: Tensor, protocol: Protocol, *, start: int = 0) -> list[Tensor]:
@@ -129,7 +145,8 @@ def score_scene(encoder: Encoder, scene: Scene, protocol: Protocol) -> dict[str,
             for name, values in metrics.score(scene.instances, cut, scene.classes).items():
                 found.setdefault(prefix + name, []).append(values.tolist())
         if protocol.choose == "energy" and encoder.has_oscillators:
-            found.setdefault("energy", []).append(encoder.energy(scene.images, start_seed=start).tolist())
+            energy = energies(encoder, scene.images, uptile=protocol.uptile, start=start)
+            found.setdefault("energy", []).append(energy.tolist())
     return found
 
 

@@ -37,9 +37,12 @@ def colours(labels: Tensor) -> np.ndarray:
 
 
 def matched(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Predicted segments [H, W] renamed after the true labels (background included) that they overlap most."""
+    """Predicted segments [H, W] renamed after the true labels (background included) that they overlap most;
+    as they are where all of the truth is ignored."""
     known = truth.unique()
     known = known[known != IGNORE]
+    if not len(known):
+        return prediction
     names = torch.arange(int(prediction.max()) + 1)
     overlap = torch.stack([torch.stack([((prediction == p) & (truth == t)).sum() for t in known]) for p in names])
     rows, columns = linear_sum_assignment(overlap.numpy(), maximize=True)

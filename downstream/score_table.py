@@ -29,10 +29,9 @@ def show(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     skipped = entries[0]["scores"]["fg_ari"]["skipped"]
-    grouping = protocol["grouping"]
     console.print(
         f"{protocol['images']} images ({skipped} without objects, skipped), {protocol['preset']['size']} px, "
-        f"{grouping['method']} k={grouping['clusters']}, up-tiling {protocol['uptile']}, "
+        f"{cut_of(protocol)}, up-tiling {protocol['uptile']}, "
         f"{protocol['starts']} starts ({protocol['choose']}); {document['seconds']:.0f} s",
         highlight=False,
     )
@@ -44,6 +43,13 @@ def show(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
                 highlight=False,
             )
     console.print(f"results and pictures: {out}", highlight=False)
+
+
+def cut_of(protocol: dict[str, Any]) -> str:
+    """Method of grouping, and the number of segments or the distance that it cuts at."""
+    grouping = protocol["grouping"]
+    at = f"k={grouping['clusters']}" if grouping.get("distance") is None else f"distance {grouping['distance']:g}"
+    return f"{grouping['method']} {at}"
 
 
 def _cell(summary: dict[str, Any]) -> str:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from configs import ObjectDiscoveryConfig, UserError
 from configs.presets import PRESETS, Preset
-from downstream import baselines, discovery, object_discovery, results
+from downstream import baselines, discovery, object_discovery, pictures, results, score_table
 from downstream.backbone import load
 from downstream.grouping import Grouping
 from downstream.samples import Samples, Scene
+from downstream.tiling import shifted_crops
 from pretrain.data.shards import ShardWriter
 
 MODEL = "akorn_nano_patch4_32"
@@ -140,6 +141,54 @@ def test_up_tiling_refines_the_grid_and_starts_differ() -> None:
 def test_energy_chooses_a_start_for_each_image() -> None:
     scores = {"energy": np.array([[1.0, 5.0], [2.0, 4.0]]), "fg_ari": np.array([[0.1, 0.2], [0.3, 0.4]])}
     assert discovery.choose_start(scores)["fg_ari"].tolist() == [[0.1, 0.4]]
+
+
+@pytest.mark.parametrize("uptile", [1, 2])
+def test_energies_are_those_of_the_passes_that_give_the_features(uptile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load(MODEL, control="random")
+    images = torch.rand(2, 3, 32, 32)
+    plain, seen = encoder.encode, []
+
+    def noted(images: torch.Tensor, *, start_seed: int) -> object:
+        seen.append((images, start_seed))
+        return plain(images, start_seed=start_seed)
+
+    monkeypatch.setattr(encoder, "encode", noted)
+    discovery.features(encoder, images, uptile=uptile, start=3)
+    expected = torch.stack([encoder.energy(view, start_seed=seed) for view, seed in seen]).mean(0)
+    torch.testing.assert_close(discovery.energies(encoder, images, uptile=uptile, start=3), expected)
+    assert len({seed for _, seed in seen}) == uptile**2
+
+
+def test_up_tiled_crops_reach_the_model_as_published() -> None:
+    encoder = load(MODEL, control="random")
+    images = (torch.rand(1, 3, 32, 32) > 0.5).float()
+    seen = [view for view, _ in discovery._views(encoder, images, 4, 0)]
+    torch.testing.assert_close(torch.stack(seen), shifted_crops(images, patch=4, factor=4))
+    assert torch.stack(seen).max() > 1.01  # bicubic, not clamped (golden/up_tiling)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"distance": 1.0, "sweep": [2]}, "distance replaces"), ({"distance": 1.0, "method": "kmeans"}, "dendrogram")],
+)
+def test_protocols_that_contradict_themselves_are_refused(
+    scenes: Path, tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        object_discovery.run(config(scenes, **values), out_dir=tmp_path)
+
+
+def test_tables_say_where_the_dendrogram_is_cut() -> None:
+    grouping = {"method": "linkage", "clusters": 4, "distance": None}
+    assert score_table.cut_of({"grouping": grouping}) == "linkage k=4"
+    assert score_table.cut_of({"grouping": grouping | {"distance": 0.7}}) == "linkage distance 0.7"
+
+
+def test_an_image_that_is_ignored_altogether_can_be_drawn() -> None:
+    segments = torch.tensor([[0, 1], [2, 2]])
+    assert torch.equal(pictures.matched(segments, torch.full((2, 2), -1)), segments)
 
 
 @pytest.mark.usefixtures("untrained")

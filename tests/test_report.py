@@ -96,6 +96,15 @@ def test_page_holds_everything_and_nothing_from_elsewhere(run: Path) -> None:
     assert ">saved<" not in text
 
 
+def test_headline_takes_a_number_of_neighbours_that_was_fixed_beforehand() -> None:
+    linear = {"top1": 0.6}
+    knn = {"features": "pooled", "10": {"top1": 0.5}, "20": {"top1": 0.4}, "200": {"top1": 0.45}}
+    result = {"task": "linear_probe", "models": [{"linear": linear, "knn": knn}]}
+    assert result_section.headline(result)[1] == ("20-NN, top-1", "40.0")
+    del knn["20"]
+    assert result_section.headline(result)[1] == ("10-NN, top-1", "50.0")
+
+
 def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "b"
     shutil.copytree(run, other)
