@@ -46,11 +46,6 @@ class MetricsFile:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def cut(self, step: int) -> None:
-        """Drop the rows of steps after `step`."""
-        self._file.close()
-        self._file = self._restart(step)
-
     def close(self) -> None:
         """Close the file."""
         self._file.close()

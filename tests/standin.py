@@ -73,7 +73,6 @@ class VectorLoader:
     """Loader of random vectors: `loader[step]` is this rank's part of a global batch."""
 
     wait_s = 0.0
-    skipped = 0
 
     def __init__(
         self, *, num_samples: int = 64, batch_size: int = 16, rank: int = 0, world_size: int = 1, seed: int = 0

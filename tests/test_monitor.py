@@ -109,9 +109,6 @@ def test_new_life_cuts_what_it_undoes_and_shuts_the_old_one_out(tmp_path: Path) 
     old.append([{"step": 8}, {"step": 9}])
     new.append([{"step": 6, "new": True}])
     assert steps_in(path) == [1, 2, 3, 4, 5, 6]
-    new.cut(3)
-    new.append([{"step": 4}])
-    assert steps_in(path) == [1, 2, 3, 4]
 
 
 def test_events_are_recorded_and_loud_ones_said(tmp_path: Path) -> None:

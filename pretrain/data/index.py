@@ -69,7 +69,6 @@ class ShardIndex:
         parts: Parts | None = None,
         key_pattern: str = DEFAULT_KEY,
         cache_dir: str | Path | None = None,
-        workers: int | None = None,
         check: bool = True,
     ) -> ShardIndex:
         """The index of a shard set, built in one pass over the tars where there is none.
@@ -80,7 +79,6 @@ class ShardIndex:
                 Parts not named are left out. None: all parts under their own names.
             key_pattern: regular expression with groups `key` and `part`, for tars with another layout of names.
             cache_dir: where indices go whose folder cannot be written; default `~/.cache/akorn`.
-            workers: processes that build; default by cores.
             check: refuse a set with local shards of another size than indexed.
 
         Raises:
@@ -89,7 +87,7 @@ class ShardIndex:
         from pretrain.data.indexing import ensure
 
         where = Location.find(location)
-        path = ensure(where, key_pattern=key_pattern, cache_dir=cache_dir, workers=workers)
+        path = ensure(where, key_pattern=key_pattern, cache_dir=cache_dir)
         index = cls(path, where, parts=parts)
         if check:
             index.check_sizes()

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +28,8 @@ from pretrain.data.staging import open_stream
 MAX_NOTES = 200  # kept in an index; the rest is counted
 MAX_COMPARED = 20_000_000  # keys compared across shards: 8 bytes each, sorted in memory
 
-Progress = Callable[[int, int], None]
 
-
-def ensure(where: Location, *, key_pattern: str, cache_dir: str | Path | None, workers: int | None = None) -> Path:
+def ensure(where: Location, *, key_pattern: str, cache_dir: str | Path | None) -> Path:
     """Path of the index of these shards, built if there is none. Safe when several processes call it at once.
 
     Raises:
@@ -45,7 +43,7 @@ def ensure(where: Location, *, key_pattern: str, cache_dir: str | Path | None, w
         if path.exists() and _matches(path, where, key_pattern):
             return path
         if not _fetch(where, path, key_pattern):
-            build(where, path, key_pattern=key_pattern, workers=workers)
+            build(where, path, key_pattern=key_pattern)
         path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
     return path
 
@@ -116,14 +114,7 @@ def _fetch(where: Location, path: Path, key_pattern: str) -> bool:
     return True
 
 
-def build(
-    where: Location,
-    path: Path,
-    *,
-    key_pattern: str,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> None:
+def build(where: Location, path: Path, *, key_pattern: str) -> None:
     """Scan all shards and write the index; what was scanned before an interruption is not scanned again."""
     folder = path.with_name(f".{path.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,10 +126,8 @@ def build(
         if not _done(target, names[shard], key_pattern)
     ]
     # Threads, not processes: reading and checksums leave the interpreter, and the caller may be any script.
-    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        for done, _ in enumerate(pool.map(_scan_job, jobs), 1):
-            if progress:
-                progress(done, len(jobs))
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        list(pool.map(_scan_job, jobs))  # raises what one of them raised
     combine(targets, path, key_pattern=key_pattern)
     shutil.rmtree(folder)
 

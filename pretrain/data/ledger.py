@@ -44,11 +44,6 @@ class Ledger:
         self._written: set[int] = set()
         self._read = 0
 
-    @property
-    def count(self) -> int:
-        """Different broken samples met by this process."""
-        return len(self.broken)
-
     def add(self, seen: int, skipped: Iterable[Skipped]) -> None:
         """Count `seen` samples of the stream, and write down those that were broken.
 

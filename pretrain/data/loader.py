@@ -117,11 +117,6 @@ class Loader:
         """Where remote shards are staged; None for local ones."""
         return self._files.cache
 
-    @property
-    def skipped(self) -> int:
-        """Different broken samples met by this process."""
-        return self.ledger.count
-
     def positions(self, step: int) -> np.ndarray:
         """Places in the training stream of this rank's part of a step, int64 [batch_size / world_size]."""
         share = self.batch_size // self.world_size

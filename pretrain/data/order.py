@@ -110,10 +110,6 @@ class Order:
             epochs[here], samples[here] = self._at_lane(int(lane), places[here])
         return epochs.reshape(positions.shape), samples.reshape(positions.shape)
 
-    def shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """Shards (positions in the index) that hold these samples."""
-        return np.searchsorted(self._starts, np.asarray(samples, np.int64), side="right") - 1
-
     def coming_shards(self, position: int, count: int) -> list[int]:
         """The next `count` shards that the stream reads from `position` on, in order: what staging fetches ahead.
 

@@ -38,14 +38,13 @@ def nt_xent(
     samples: Tensor | None = None,
     *,
     temperature: float = 0.1,
-    group: dist.ProcessGroup | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Loss of the global batch and the share of anchors whose positive is nearer than every negative.
 
     embeddings [b, 2, d]: this rank's part, any scale (normalised here); b is the same on all ranks.
     samples [b] int64: identity of each image over all ranks; None: every position is an image of its own.
-    Collective when torch.distributed is initialised: every rank of `group` calls it. Both results are scalars, fp32
+    Collective when torch.distributed is initialised: every rank calls it. Both results are scalars, fp32
     (fp64 for fp64 embeddings) and equal on all ranks. The gradient at `embeddings` is that of the *global* loss:
     parameter gradients of the ranks are to be summed, not averaged.
     """
@@ -56,7 +55,7 @@ def nt_xent(
     with torch.autocast(embeddings.device.type, enabled=False):
         precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
         anchors = F.normalize(precise, dim=-1).flatten(0, 1)  # [M, d], order (sample, view)
-        loss, accuracy = _NTXent.apply(anchors, samples, temperature, group, block_elements)
+        loss, accuracy = _NTXent.apply(anchors, samples, temperature, block_elements)
     return loss, accuracy
 
 
@@ -69,15 +68,14 @@ class _NTXent(torch.autograd.Function):
         anchors: Tensor,  # [M, d]
         samples: Tensor | None,  # [M / 2]
         temperature: float,
-        group: dist.ProcessGroup | None,
         block_elements: int,
     ) -> tuple[Tensor, Tensor]:
-        candidates = _gather(anchors, group)  # [N, d]
+        candidates = _gather(anchors)  # [N, d]
         if samples is None:
             identities = torch.arange(len(candidates), device=anchors.device) // 2
         else:
-            identities = _gather(samples, group).repeat_interleave(2)
-        first = _first_row(anchors, group)
+            identities = _gather(samples).repeat_interleave(2)
+        first = _first_row(anchors)
         positive = (anchors.unflatten(0, (-1, 2)).prod(1).sum(-1) / temperature).repeat_interleave(2)  # [M]
         negative_lse, hardest = torch.empty_like(positive), torch.empty_like(positive)
         for rows in _blocks(len(anchors), len(candidates), block_elements):
@@ -85,7 +83,7 @@ class _NTXent(torch.autograd.Function):
             negative_lse[rows], hardest[rows] = torch.logsumexp(s, 1), s.amax(1)
         losses = F.softplus(negative_lse - positive)  # lse - positive without cancellation where the loss is small
         # One gather, so that every rank sums the same numbers in the same order.
-        per_anchor = _gather(torch.stack((losses + positive, losses, (positive > hardest).to(losses)), 1), group)
+        per_anchor = _gather(torch.stack((losses + positive, losses, (positive > hardest).to(losses)), 1))
         ctx.save_for_backward(candidates, identities, per_anchor[:, 0].contiguous(), losses)
         ctx.first, ctx.temperature, ctx.block_elements = first, temperature, block_elements
         loss, accuracy = per_anchor[:, 1:].mean(0).unbind()
@@ -105,7 +103,7 @@ class _NTXent(torch.autograd.Function):
             torch.mm(weight, candidates, out=gradient[rows])
         pull = torch.expm1(-losses).unflatten(0, (-1, 2)).sum(1)  # [b]: P_ip + P_pi - 2
         gradient += (pull[:, None, None] * anchors.unflatten(0, (-1, 2)).flip(1)).flatten(0, 1)
-        return gradient * (grads[0] / (len(candidates) * ctx.temperature)), None, None, None, None
+        return gradient * (grads[0] / (len(candidates) * ctx.temperature)), None, None, None
 
 
 def _similarities(
@@ -122,19 +120,19 @@ def _blocks(num_rows: int, num_columns: int, elements: int) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _first_row(anchors: Tensor, group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) * len(anchors) if _world_size(group) > 1 else 0
+def _first_row(anchors: Tensor) -> int:
+    return dist.get_rank() * len(anchors) if _world_size() > 1 else 0
 
 
-def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     """Parts of all ranks one after the other along the first dimension (collective)."""
-    world_size = _world_size(group)
+    world_size = _world_size()
     if world_size == 1:
         return tensor
     whole = tensor.new_empty((world_size * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_single(whole, tensor.contiguous(), group=group)
+    dist.all_gather_single(whole, tensor.contiguous())
     return whole

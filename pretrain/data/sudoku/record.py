@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from configs.errors import UserError
 from pretrain.data.sudoku import board
 from pretrain.data.sudoku.board import Boards
-from pretrain.data.sudoku.generator import Puzzles
 
 PART = "txt"
 LENGTH = 164
@@ -44,9 +43,3 @@ def problem(parts: Mapping[str, bytes]) -> str | None:
     if not board.is_solved(solution[None])[0]:
         return "its solution is not valid"
     return None if board.keeps_givens(solution[None], puzzle[None])[0] else "its solution contradicts its puzzle"
-
-
-def samples(puzzles: Puzzles) -> Iterator[dict[str, bytes]]:
-    """The samples of a set, in order."""
-    for puzzle, solution in zip(puzzles.puzzles, puzzles.solutions, strict=True):
-        yield encode(puzzle, solution)
