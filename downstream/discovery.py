@@ -180,7 +180,11 @@ def summarise(values: np.ndarray) -> dict[str, Any]:
 
 
 def learn_codebook(encoder: Encoder, samples: Samples, protocol: Protocol, *, seed: int) -> Tensor:
-    """Centres [k, D] of the features of a whole data set (k-means by faiss on a fixed sample of its tokens)."""
+    """Centres [k, D] of the features of a whole data set (k-means by faiss on a fixed sample of its tokens).
+
+    Raises:
+        UserError: the data set has fewer tokens than k, or features are not finite.
+    """
     rng = np.random.default_rng(seed)
     kept: list[np.ndarray] = []
     share = 1.0
@@ -188,9 +192,16 @@ def learn_codebook(encoder: Encoder, samples: Samples, protocol: Protocol, *, se
         scene = samples.scenes(block, protocol.preset)
         maps = features(encoder, scene.images, uptile=protocol.uptile, start=0)
         tokens = F.normalize(maps, dim=1).flatten(2).mT.flatten(0, 1).cpu().numpy()
+        if not np.isfinite(tokens).all():
+            raise UserError(
+                f"{encoder.name}: features are not finite: the backbone diverged or its weights are damaged"
+            )
         share = min(1.0, CODEBOOK_TOKENS / max(1, len(tokens) * len(samples) / len(block)))
         kept.append(tokens[rng.random(len(tokens)) < share])
-    return torch.from_numpy(kmeans.train(np.concatenate(kept), protocol.grouping.clusters, restarts=3, seed=seed))
+    points, clusters = np.concatenate(kept), protocol.grouping.clusters
+    if len(points) < clusters:
+        raise UserError(f"a codebook of k={clusters} needs as many tokens; {samples.location} has {len(points)}")
+    return torch.from_numpy(kmeans.train(points, clusters, restarts=3, seed=seed))
 
 
 def _nearest_codes(maps: Tensor, centres: Tensor) -> Tensor:

@@ -35,5 +35,6 @@ def leading(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_torch(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrices)
-    return values[:, -count:], vectors[..., -count:]
+    # In double: tokens that are all alike leave a matrix of rounding errors, on which the float solver fails.
+    values, vectors = torch.linalg.eigh(matrices.double())
+    return values[:, -count:].to(matrices.dtype), vectors[..., -count:].to(matrices.dtype)

@@ -39,7 +39,8 @@ def knn_accuracy(
         part, answer = test[start : start + _QUERIES], test_labels[start : start + _QUERIES]
         similarity, index = nearest(train, part, min(numbers[-1], len(train)))
         votes = torch.zeros(len(part), classes)
-        weights, labels = (similarity / temperature).exp(), train_labels[index]
+        # Relative to the nearest one's: exp(1 / T) is infinite in float from T = 0.011 on.
+        weights, labels = ((similarity - similarity[:, :1]) / temperature).exp(), train_labels[index]
         done = 0
         for k in numbers:  # the votes of k neighbours are those of fewer, and a few more
             votes.scatter_add_(1, labels[:, done:k], weights[:, done:k])

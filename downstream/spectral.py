@@ -1,7 +1,9 @@
 """Spectral clustering of each image's tokens (normalised cut).
 
 Owns: Ng, Jordan, Weiss, "On spectral clustering: analysis and an algorithm" (NIPS 2001), on an affinity of cosines:
-A_ij = exp((cos_ij - 1) / temperature). The k first eigenvectors of D^-1/2 A D^-1/2, rows normalised, go to k-means.
+A_ij = exp((cos_ij - 1) / temperature), taken from distances (|x - y|^2 = 2 - 2 cos for tokens of unit length), which
+principal components keep although they centre the tokens. The k first eigenvectors of D^-1/2 A D^-1/2, rows
+normalised, go to k-means.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from downstream.kmeans import kmeans
 
 
 def spectral(features: Tensor, clusters: int, *, temperature: float = 0.2, restarts: int = 3, seed: int = 0) -> Tensor:
-    """Labels [B, N] int64 of features [B, N, D]. Cost: an eigendecomposition of [N, N] an image."""
-    unit = F.normalize(features.double(), dim=-1)
-    affinity = ((unit @ unit.mT - 1) / temperature).exp()
+    """Labels [B, N] int64 of tokens [B, N, D] of unit length, or of their principal components.
+
+    Cost: an eigendecomposition of [N, N] an image.
+    """
+    features = features.double()
+    affinity = (-torch.cdist(features, features).square() / (2 * temperature)).exp()
     scale = affinity.sum(-1).rsqrt()
     laplacian = affinity * scale[:, :, None] * scale[:, None, :]
     vectors = torch.linalg.eigh(laplacian).eigenvectors[..., -min(clusters, features.shape[1]) :]

@@ -79,3 +79,10 @@ def test_knn_equals_scikit_learn() -> None:
         assert found[k]["top1"] == pytest.approx(classifier.score(test.numpy(), answers.numpy()), abs=0.011)
         assert found[k]["top5"] == 1.0
     assert knn_accuracy(train[:5], labels[:5], test, answers, neighbours=(20,))[20]["top1"] > 0
+
+
+def test_knn_of_a_low_temperature_trusts_the_nearest_one() -> None:
+    train = clouds(200)[0]
+    labels = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0))
+    found = knn_accuracy(train, labels, train, labels, neighbours=(1, 20), temperature=1e-4)
+    assert found[1]["top1"] == found[20]["top1"] == 1.0  # each is its own nearest neighbour

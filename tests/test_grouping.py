@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
 from downstream import kmeans
 from downstream.grouping import Grouping, Method, enlarge, group, group_sweep
+from downstream.spectral import spectral
 from downstream.tiling import interleave, shifted_crops
 
 SHARED = Path(os.environ.get("AKORN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -54,6 +56,21 @@ def test_sweep_equals_single_cuts_and_distance_finds_the_number() -> None:
     assert all(adjusted_rand_score(a.flatten(), b.flatten()) == 1.0 for a, b in zip(by_distance, truth))
     with pytest.raises(ValueError, match="cannot cut by distance"):
         group(maps, Grouping(method="kmeans", distance=0.5))
+
+
+def test_affinities_of_spectral_clustering_do_not_depend_on_centring() -> None:
+    tokens = F.normalize(torch.randn(1, 60, 4, generator=torch.Generator().manual_seed(0)) + 2, dim=-1).double()
+    cosines = ((tokens[0] @ tokens[0].T - 1) / 0.2).exp().numpy()
+    known = SpectralClustering(3, affinity="precomputed", random_state=0).fit_predict(cosines)
+    whole = spectral(tokens, 3)[0]
+    assert adjusted_rand_score(whole, known) > 0.9  # scikit-learn normalises the eigenvectors in another way
+    centred = tokens - tokens.mean(1, keepdim=True)
+    assert adjusted_rand_score(spectral(centred, 3)[0], whole) == 1.0
+
+
+def test_tokens_that_are_all_alike_are_grouped() -> None:
+    maps = torch.randn(120, 129, 1, 1, generator=torch.Generator().manual_seed(1)).expand(-1, -1, 10, 14)
+    assert group(maps, Grouping(clusters=4)).shape == (120, 10, 14)
 
 
 def test_broken_features_are_an_error() -> None:

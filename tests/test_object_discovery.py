@@ -171,7 +171,11 @@ def test_up_tiled_crops_reach_the_model_as_published() -> None:
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"distance": 1.0, "sweep": [2]}, "distance replaces"), ({"distance": 1.0, "method": "kmeans"}, "dendrogram")],
+    [
+        ({"distance": 1.0, "sweep": [2]}, "distance replaces"),
+        ({"distance": 1.0, "method": "kmeans"}, "dendrogram"),
+        ({"method": "codebook", "k": 3000}, "needs as many tokens"),
+    ],
 )
 def test_protocols_that_contradict_themselves_are_refused(
     scenes: Path, tmp_path: Path, values: dict[str, object], message: str
