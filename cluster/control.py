@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import slurm
@@ -44,9 +45,9 @@ def cancel(home: Path, *, now: bool) -> int:
         raise UserError(f"{shown(home)}: nothing is queued or running; see {command_on('status', home)}")
     saving = [link for link in under_way if link.link == "pretrain" and current[link].name == "running" and not now]
     for link in under_way:
-        link.cancel_file.touch()
         if link in saving:
-            ask_to_stop(link)
+            with _not_to_come_back(link):
+                ask_to_stop(link)
         else:  # an evaluation has nothing to save: it keeps the parts it has
             end_now(link)
     if saving:
@@ -72,14 +73,25 @@ def end_now(submission: Submission) -> None:
     """End a job without a save."""
     record = submission.record()
     assert record is not None
-    submission.cancel_file.touch()
-    if record.executor == "slurm":
-        slurm.cancel([record.job_id])
-    else:
-        for _ in range(2):  # the second signal kills the ranks
-            _signal_supervisor(submission, signal.SIGTERM)
-            time.sleep(_POLL_S)
+    with _not_to_come_back(submission):
+        if record.executor == "slurm":
+            slurm.cancel([record.job_id])
+        else:
+            for _ in range(2):  # the second signal kills the ranks
+                _signal_supervisor(submission, signal.SIGTERM)
+                time.sleep(_POLL_S)
     submission.write_outcome("cancelled", "by request")
+
+
+@contextmanager
+def _not_to_come_back(submission: Submission) -> Iterator[None]:
+    """Mark a job that is told to end inside as cancelled; one that cannot be told goes on as before."""
+    submission.cancel_file.touch()
+    try:
+        yield
+    except UserError:
+        submission.cancel_file.unlink(missing_ok=True)
+        raise
 
 
 def _signal_supervisor(submission: Submission, number: signal.Signals) -> None:

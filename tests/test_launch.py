@@ -322,6 +322,16 @@ def test_files_that_a_disk_has_lost_break_no_table(place: Path, capsys: pytest.C
     assert capsys.readouterr().out.count("lost") == 2
 
 
+def test_a_job_that_could_not_be_told_to_end_may_come_back(place: Path) -> None:
+    submission = new_submission(place / "runs" / "r", "pretrain")
+    submission.write_record(Record("pretrain", "pretrain", "local", "1", "elsewhere", 0.0, 0.0, "c", 1, 1, 3))
+    submission.add_life(submission.generation(0))
+    for now in ([], ["--now"]):
+        with pytest.raises(UserError, match="runs on elsewhere; give the command there"):
+            launch.main(["cancel", "r", *now])
+        assert not submission.cancel_file.exists()
+
+
 def test_a_run_goes_by_the_name_of_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = place / "other runs" / "two"
     (home / "jobs").mkdir(parents=True)
