@@ -27,7 +27,7 @@ ENTRIES = {
     "robustness": "downstream.robustness:run",
     "report": "downstream.report:run",
 }
-# A failed evaluation starts again this often, whatever it had done; a pretraining as its configuration says.
+# An evaluation starts again so often without new partial results in between; a pretraining as its configuration says.
 _EVALUATION_RESTARTS = 2
 
 

@@ -21,6 +21,7 @@ from configs.loader import dump
 from configs.schema import PretrainConfig
 from pretrain import kernels, resume
 from pretrain.checkpoint import Snapshot, write_synced
+from pretrain.data.loader import Loader
 from pretrain.display import Display
 from pretrain.distributed import Ranks
 from pretrain.ema import Ema
@@ -49,7 +50,7 @@ class Session:
     task: Task
     engine: Engine
     ema: Ema
-    loader: Any
+    loader: Loader
     monitor: Monitor
     display: Display
     saver: Saver
@@ -65,8 +66,7 @@ class Session:
 
     def keys(self, samples: Tensor) -> Iterable[str]:
         """Keys of samples in the shards."""
-        index = getattr(self.loader, "index", self.loader)
-        return index.keys(samples.numpy())
+        return self.loader.index.keys(samples.numpy())
 
     def state(self, step: int, stream: int) -> dict[str, Any]:
         """What a checkpoint records beside the tensors."""
@@ -76,7 +76,7 @@ class Session:
             "steps": self.steps,
             "world_size": self.ranks.world_size,
             "zero_stage": self.engine.stage,
-            "data_fingerprint": _fingerprint(self.loader),
+            "data_fingerprint": self.loader.index.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
@@ -109,7 +109,7 @@ def open_session(
     loader = _make_loader(config, task, run_dir, ranks)
     stack.callback(loader.close)
     if snapshot is not None:
-        resume.check_data(snapshot, _fingerprint(loader))
+        resume.check_data(snapshot, loader.index.fingerprint)
     start, steps = 0 if snapshot is None else snapshot.step, config.num_steps(len(loader))
     if start > steps:
         raise UserError(f"{run_dir} has trained for {start:,} steps already: {steps:,} lie behind it; give more")
@@ -196,9 +196,7 @@ def views_of(config: PretrainConfig) -> int:
     return 2 if config.task.name == "simclr" else 1
 
 
-def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks) -> Any:
-    from pretrain.data.loader import Loader
-
+def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks) -> Loader:
     return Loader(
         config.data,
         config.loading,
@@ -210,10 +208,6 @@ def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks
         device=ranks.device,
         ledger=run_dir / "skipped.jsonl",
     )
-
-
-def _fingerprint(loader: Any) -> str:
-    return str(getattr(getattr(loader, "index", None), "fingerprint", ""))
 
 
 def _make_monitor(

@@ -70,9 +70,10 @@ class Regress(Contrast):
 
 
 class VectorLoader:
-    """Loader of random vectors: `loader[step]` is this rank's part of a global batch."""
+    """Loader of random vectors, its own index: `loader[step]` is this rank's part of a global batch."""
 
     wait_s = 0.0
+    fingerprint = ""
 
     def __init__(
         self, *, num_samples: int = 64, batch_size: int = 16, rank: int = 0, world_size: int = 1, seed: int = 0
@@ -91,7 +92,11 @@ class VectorLoader:
     def advice(self) -> str:
         return "read faster"
 
-    def keys(self, samples: Tensor) -> list[str]:
+    @property
+    def index(self) -> VectorLoader:
+        return self
+
+    def keys(self, samples: np.ndarray) -> list[str]:
         return [f"vector_{int(sample):04d}" for sample in samples]
 
     def close(self) -> None:
