@@ -82,7 +82,7 @@ def test_knn_equals_scikit_learn() -> None:
 
 
 def test_knn_of_a_low_temperature_trusts_the_nearest_one() -> None:
-    train = clouds(200)[0]
-    labels = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    train, labels = torch.randn(200, 12, generator=generator), torch.randint(0, 4, (200,), generator=generator)
     found = knn_accuracy(train, labels, train, labels, neighbours=(1, 20), temperature=1e-4)
     assert found[1]["top1"] == found[20]["top1"] == 1.0  # each is its own nearest neighbour
