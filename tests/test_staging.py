@@ -170,6 +170,20 @@ def test_prefetching_runs_ahead_and_reports_at_use(tmp_path: Path) -> None:
     staging.close()
 
 
+def test_what_failed_ahead_is_fetched_at_use_or_ahead_again(tmp_path: Path) -> None:
+    known = shard(tmp_path)
+    flaky = f"pipe:echo x >> {tmp_path}/log; test $(wc -l < {tmp_path}/log) -ge 2 && cat {tmp_path}/a.tar"
+    for use in ("path", "prefetch"):
+        (tmp_path / "log").unlink(missing_ok=True)
+        staging = Staging(tmp_path / use, timeout_s=1, retries=0)
+        staging.prefetch(flaky, **known)
+        while not all(future.done() for future in staging._pending.values()):
+            time.sleep(0.01)
+        getattr(staging, use)(flaky, **known)
+        staging._pool.shutdown()  # type: ignore[union-attr]
+        assert list((tmp_path / use).glob("[!.]*a.tar"))
+
+
 def test_a_process_that_only_prefetches_does_so_in_every_epoch_and_keeps_no_books(tmp_path: Path) -> None:
     """As the trainer does whose workers read: 3 epochs of 40 shards through a folder that holds five."""
     known = {f"{number:02d}.tar": shard(tmp_path, f"{number:02d}.tar", 1600) for number in range(40)}

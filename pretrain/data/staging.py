@@ -18,7 +18,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -126,7 +126,7 @@ class Staging:
         self.folder = Path(folder).expanduser()
         self.limit_bytes, self.timeout_s, self.retries = limit_bytes, timeout_s, retries
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: dict[str, Future[Path]] = {}
+        self._pending: dict[str, Future[None]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,26 +145,21 @@ class Staging:
         target = self.folder / f"{sha256.hex()[:16]}-{_file_name(url)}"
         pending = self._pending.pop(url, None)
         if pending is not None:
-            pending.result()
+            wait([pending])  # what it failed at is tried again here
         if not _touch(target, num_bytes):
             self._fetch_locked(url, target, num_bytes, sha256)
         return target
 
     def prefetch(self, url: str, *, num_bytes: int, sha256: bytes) -> None:
-        """Begin to fetch in the background; errors are raised by `path`, here or in the process that reads."""
-        # What has arrived is forgotten: it may be read elsewhere, and after it left the folder it is fetched again.
-        for other in [other for other, future in self._pending.items() if future.done() and not future.exception()]:
-            del self._pending[other]
+        """Begin to fetch in the background; what fails is tried again by `path`, here or in the process that reads."""
+        # What is over is forgotten: it may be read elsewhere, and after it left the folder it is fetched again.
+        self._pending = {other: future for other, future in self._pending.items() if not future.done()}
         target = self.folder / f"{sha256.hex()[:16]}-{_file_name(url)}"
         if url in self._pending or target.exists():
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(2, thread_name_prefix="staging")
-        self._pending[url] = self._pool.submit(self._fetch_background, url, target, num_bytes, sha256)
-
-    def _fetch_background(self, url: str, target: Path, num_bytes: int, sha256: bytes) -> Path:
-        self._fetch_locked(url, target, num_bytes, sha256)
-        return target
+        self._pending[url] = self._pool.submit(self._fetch_locked, url, target, num_bytes, sha256)
 
     def close(self) -> None:
         """Wait for no more fetches."""
