@@ -151,9 +151,11 @@ def stream(path: Path, *, lines: int, keep_on: bool) -> Iterator[str]:
     yield from last_lines(path, lines)
     with path.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
+        line = ""
         while keep_on:
-            line = file.readline()
-            if line:
+            line += file.readline()
+            if line.endswith("\n"):
                 yield line.rstrip("\n")
-            else:
+                line = ""
+            else:  # nothing, or not all of it: Python writes a line and its end one after the other
                 time.sleep(0.3)

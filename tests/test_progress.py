@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.progress import Progress, RunReader, duration, event_text
-from cluster.status import progress_of
+from cluster.status import progress_of, stream
 from cluster.tail import JsonTail, last_lines, last_rows
 
 
@@ -87,6 +88,16 @@ def test_a_long_run_is_read_from_its_end(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", {"step": 1100})
     assert reader.read() == []
     assert reader.progress.step == 1100
+
+
+def test_lines_of_a_followed_log_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rank0.log"
+    path.write_text("first\n")
+    lines = stream(path, lines=5, keep_on=True)
+    assert next(lines) == "first"
+    threading.Timer(0.1, write, [path], {"end": "half of "}).start()
+    threading.Timer(0.5, write, [path], {"end": "a line\n"}).start()
+    assert next(lines) == "half of a line"
 
 
 def test_long_values_are_cut() -> None:
