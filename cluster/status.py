@@ -148,9 +148,9 @@ def stream(path: Path, *, lines: int, keep_on: bool) -> Iterator[str]:
     """The last lines of a log, then what is appended for as long as the reader wants."""
     from cluster.tail import last_lines
 
-    yield from last_lines(path, lines)
     with path.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
+        yield from last_lines(path, lines)
         line = ""
         while keep_on:
             line += file.readline()
