@@ -6,7 +6,6 @@ table, and its form: JSON with every figure, and Markdown made from that JSON an
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from downstream.results import paired_bootstrap
+from downstream.results import paired_bootstrap, read
 
 SEED = re.compile(r"[-_]seed-\d+")
 DECIDING = "FG-ARI"  # the score whose differences get an interval, where there is one
@@ -67,8 +66,9 @@ def _read(run: Path) -> dict[str, Any]:
     images: list[float | None] = []
     data = None
     commits = []
+    protocol: dict[str, Any] = {}
     for path in sorted({*run.glob("downstream/*/results.json"), *run.glob("results.json")}):
-        result = json.loads(path.read_text())
+        result = read(path)
         suffix = "" if path.parent.name in (result["task"], run.name) else f", {path.parent.name}"
         own = ""
         for place, (name, columns) in enumerate(_scores(result)):
@@ -80,28 +80,57 @@ def _read(run: Path) -> dict[str, Any]:
             images = result["models"][0]["scores"]["fg_ari"].get("images", [])
             data = result["protocol"]["data_fingerprint"]
         commits.append(str(result["commit"]))
+        of = f"of {result['task']}{suffix}"
+        protocol |= {f"{key} {of}": value for key, value in _comparable(result["protocol"]).items()}
     if "random" in beside:  # a control of this run's own network: a column, not a row that all share
         scores |= {f"{name} of random weights": score for name, score in beside.pop("random").items()}
     if not scores:
-        raise UserError(f"{run} holds no results of object discovery or a probe: evaluate it first")
-    return {"scores": scores, "images": images, "data": data, "beside": beside, "commits": commits}
+        raise UserError(f"{run} holds no results of object discovery or a probe, or none is defined: evaluate it first")
+    return {
+        "name": run.name,
+        "protocol": protocol,
+        "scores": scores,
+        "images": images,
+        "data": data,
+        "beside": beside,
+        "commits": commits,
+    }
 
 
 def _scores(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """Name and scores of each thing in a results.json, the run itself first."""
     for one in [*result.get("models", []), *result.get("baselines", [])]:
         if result["task"] == "object_discovery":
-            yield one["name"], {"FG-ARI": one["scores"]["fg_ari"]["mean"], "MBO": one["scores"]["mbo_i"]["mean"]}
+            means = {"FG-ARI": one["scores"]["fg_ari"]["mean"], "MBO": one["scores"]["mbo_i"]["mean"]}
+            yield one["name"], {column: mean for column, mean in means.items() if mean is not None}
         elif result["task"] == "linear_probe":
             shots = {f"linear, {share} of labels": probe["top1"] for share, probe in one.get("low_shot", {}).items()}
             nearest = {"20-NN": one["knn"]["20"]["top1"]} if "20" in one["knn"] else {}
             yield one["name"], {"linear": one["linear"]["top1"], **shots, **nearest}
 
 
+def _comparable(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol without what may differ between repetitions: seeds, and where the data lie."""
+    return {
+        key: _comparable(value) if isinstance(value, dict) else value
+        for key, value in protocol.items()
+        if key not in ("seed", "data", "train")
+    }
+
+
 def _row(name: str, repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     columns = list(repetitions[0]["scores"])
     if any(list(run["scores"]) != columns for run in repetitions):
         raise UserError(f"repetitions of {name} were not scored alike: give each the same evaluations")
+    if len({run["name"] for run in repetitions}) < len(repetitions):
+        raise UserError(
+            f"several runs are called {repetitions[0]['name']}: repetitions differ by seed-N in their names"
+        )
+    first = repetitions[0]["protocol"]
+    for run in repetitions[1:]:
+        differing = [key for key in first if run["protocol"].get(key, first[key]) != first[key]]
+        if differing:
+            raise UserError(f"repetitions of {name} were not scored alike: {differing[0]} differs in {run['name']}")
     scores = {}
     for column in columns:
         values = [run["scores"][column] for run in repetitions]

@@ -21,7 +21,7 @@ from typing import Any
 
 from configs import UserError
 from configs.errors import run as run_entry
-from downstream import result_section
+from downstream import result_section, results
 
 # Curves drawn where the run has them: title -> (metrics, label of the axis).
 CURVES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -78,7 +78,7 @@ class _Run:
         self.observed = _lines(folder / "observed.jsonl")
         self.events = _lines(folder / "events.jsonl")
         found = sorted({*folder.glob("downstream/*/results.json"), *folder.glob("results.json")})
-        self.results = [(path.parent, json.loads(path.read_text())) for path in found]
+        self.results = [(path.parent, results.read(path)) for path in found]
 
     def body(self, of: int) -> list[str]:
         from downstream import page
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
-        from downstream import comparison, results
+        from downstream import comparison
 
         print(comparison.markdown(table := comparison.collect(arguments.runs)), end="")
         results.write_json(arguments.table, table)

@@ -54,6 +54,18 @@ def write(folder: Path, task: str, config: Section, protocol: dict[str, Any], **
     return write_json(folder / "results.json", document)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What a results.json holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): evaluate again, or remove it") from None
+
+
 def write_json(path: Path, content: Any) -> Path:
     """Write JSON by rename; NaN becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,38 @@ def test_runs_without_results_or_scored_differently_are_refused(tmp_path: Path) 
         comparison.collect(runs)
 
 
+def test_repetitions_have_names_and_protocols_that_fit(tmp_path: Path) -> None:
+    same = [make(tmp_path / folder, "a_seed-0", np.full(IMAGES, 0.5)) for folder in ("x", "y")]
+    with pytest.raises(UserError, match="several runs are called a_seed-0"):
+        comparison.collect(same)
+
+    runs = [make(tmp_path, f"b_seed-{seed}", np.full(IMAGES, 0.5)) for seed in range(2)]
+    for seed, run in enumerate(runs):
+        edit(run, {"grouping": {"clusters": 4, "seed": seed}, "data": f"disk{seed}", "seed": seed})
+    assert comparison.collect(runs)["rows"][0]["seeds"] == 2
+    edit(runs[1], {"grouping": {"clusters": 11, "seed": 1}})
+    with pytest.raises(UserError, match="grouping of object_discovery differs in b_seed-1"):
+        comparison.collect(runs)
+
+
+def edit(run: Path, protocol: dict[str, Any]) -> None:
+    path = run / "downstream" / "object_discovery" / "results.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"protocol": result["protocol"] | protocol}))
+
+
+def test_damaged_and_undefined_results_are_named(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", np.full(IMAGES, 0.5))
+    path = run / "downstream" / "object_discovery" / "results.json"
+    text = path.read_text()
+    path.write_text(text.replace('"mean": 0.5', '"mean": null'))
+    assert "FG-ARI" not in comparison.collect([run])["rows"][0]["scores"]  # no image with an object
+    path.write_text(text[:50])
+    for read in (comparison.collect, lambda runs: report.write(runs, tmp_path / "page.html")):
+        with pytest.raises(UserError, match=r"results\.json is damaged"):
+            read([run])
+
+
 def test_the_command_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, "a", np.linspace(0, 1, IMAGES))
     assert report.main([str(run), "--table", str(tmp_path / "table.json")]) == 0
