@@ -91,27 +91,27 @@ class Job:
         signal.signal(signal.SIGUSR2, _remember_stop)
         if here.rank == 0 and here.requeue_id is not None:
             signal.signal(signal.SIGTERM, lambda *_: stand_in(submission, here.life))
-        config = load(_config_file(submission))
-        port = environment.port_at(config.cluster, here.job_number, generation)
-        os.environ.update(
-            environment.of_rank(
-                rank=here.rank,
-                local_rank=here.local_rank,
-                world_size=here.world_size,
-                processes=here.processes,
-                cores=here.cores,
-                address=here.address,
-                port=port,
-                generation=generation,
-            )
-        )
         if here.rank == 0:
             submission.add_life(generation, host=socket.gethostname(), world_size=here.world_size)
-        return self._end(submission, here, self._run(submission, config, generation))
+        return self._end(submission, here, self._run(submission, here, generation))
 
-    def _run(self, submission: Submission, config: Any, generation: int) -> str:
+    def _run(self, submission: Submission, here: Place, generation: int) -> str:
         """Do the work; a user's mistake ends the job for good, since a restart would meet it again."""
         try:
+            config = load(_config_file(submission))
+            port = environment.port_at(config.cluster, here.job_number, generation)
+            os.environ.update(
+                environment.of_rank(
+                    rank=here.rank,
+                    local_rank=here.local_rank,
+                    world_size=here.world_size,
+                    processes=here.processes,
+                    cores=here.cores,
+                    address=here.address,
+                    port=port,
+                    generation=generation,
+                )
+            )
             return work(self.entry, config, submission)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

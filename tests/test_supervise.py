@@ -141,6 +141,23 @@ def test_a_stop_between_two_lives_is_heeded(place: Path, monkeypatch: pytest.Mon
     assert state_of(submission).name == "stopped"
 
 
+def test_a_configuration_that_was_broken_meanwhile_ends_the_job_for_good(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_STEP_S", "0.05")
+    assert launch.main(["run.yaml", "steps=1000", "--detach"]) == 0
+    home = place / "runs" / "r"
+    wait_for(lambda: has_steps(home, 3))
+    submission = latest(home)["pretrain"]
+    (home / "config.yaml").write_text("batch_size: [\n")
+    os.kill(rank_pids(submission)[1], signal.SIGKILL)
+    wait_for(lambda: submission.outcome() is not None)
+    state = state_of(submission)
+    assert state.name == "failed"
+    assert "config.yaml:2: not valid YAML" in state.detail
+    assert len(submission.failures()) == 1
+
+
 def test_a_second_launch_says_that_the_run_is_running_and_where(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STANDIN_STEP_S", "0.1")
     launch.main(["run.yaml", "steps=1000", "--detach"])
