@@ -110,7 +110,9 @@ class LinearProbeConfig(BackboneConfig):
     crops: NonNegativeInt = Field(
         0, description="randomly cropped and flipped copies of the training set, besides the centre crop"
     )
-    low_shot: tuple[float, ...] = Field((), description="further probes on these shares of the training set, e.g. 0.01")
+    low_shot: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), description="further probes on these shares of the training set, e.g. 0.01"
+    )
     knn: tuple[PositiveInt, ...] = Field((10, 20, 100, 200), description="neighbours of the k-NN classifiers")
     knn_temperature: PositiveFloat = Field(0.07, description="temperature of their weights")
     controls: tuple[Literal["random", "pixels"], ...] = Field(

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.errors import UserError
 from downstream import results
 from downstream.encoder import Encoder
 from downstream.samples import Samples
@@ -84,6 +85,9 @@ def extract(
 
     Returns:
         The table on rank 0, which waits for the others; None on the others.
+
+    Raises:
+        UserError: a feature is not finite.
     """
     rank, world_size = results.ranks()
     blocks = samples.blocks(batch_size)
@@ -95,8 +99,10 @@ def extract(
     missing = [block for block in range(rank, len(blocks), world_size) if block not in done]
     note = _note(folder)
     for block, images in _read_ahead(missing, lambda block: samples.images(blocks[block], resize=resize, size=size)):
-        found = compute(images, list(blocks[block]))
-        _write(folder, blocks[block].start, torch.cat(list(found.values()), dim=1).cpu().numpy())
+        rows = torch.cat(list(compute(images, list(blocks[block])).values()), dim=1).cpu().numpy()
+        if not np.isfinite(rows).all():
+            raise UserError("features are not finite: the backbone diverged or its weights are damaged")
+        _write(folder, blocks[block].start, rows)
         with open(note, "a") as file:
             file.write(f"{block}\n")
     if rank != 0:

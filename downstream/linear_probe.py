@@ -61,6 +61,8 @@ class _Probing:
         self.train = Samples(config.train or "", limit=config.images, needs=(LABEL,), workers=workers)
         self.test = Samples(config.data or "", limit=config.images, needs=(LABEL,), workers=workers)
         self.labels, self.answers = self.train.labels(), self.test.labels()
+        for share in (None, *config.low_shot):
+            self._split(share)
         self.encoders: dict[str, Encoder] = {}
         controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
         for control in controls:
@@ -165,17 +167,11 @@ class _Probing:
 
     def _linear(self, train: Table, test: Table, kinds: list[str], *, share: float | None) -> dict[str, Any]:
         """Train all heads, choose on held-out training images, train the chosen one on all of them, test it."""
-        import torch
-
         from downstream import probe
 
         config = self.config
         classes = int(max(int(self.labels.max()), int(self.answers.max()))) + 1
-        available = torch.arange(len(self.labels))
-        if share is not None:
-            available = probe.split(self.labels, share, seed=config.seed)[1]
-        part, held = probe.split(self.labels[available], config.held_out, seed=config.seed)
-        learned, chosen_on = available[part], available[held]
+        available, learned, chosen_on = self._split(share)
         device = self._device()
         options: dict[str, Any] = {"classes": classes, "epochs": config.epochs, "batch_size": config.head_batch}
         tried = []
@@ -191,6 +187,26 @@ class _Probing:
         names = ("top1", "top5", "ece")
         scores = {name: float(getattr(tested, name)[0]) for name in names}
         return {**scores, "chosen": best, "train_images": len(available), "heads": tried}
+
+    def _split(self, share: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of the training images (or of a share of them), of those that heads learn from while rates are
+        tried, and of those that choose among the rates.
+
+        Raises:
+            UserError: no class has a second image, so that none can be held out.
+        """
+        import torch
+
+        from downstream import probe
+
+        config, available = self.config, torch.arange(len(self.labels))
+        if share is not None:
+            available = probe.split(self.labels, share, seed=config.seed)[1]
+        learned, chosen_on = probe.split(self.labels[available], config.held_out, seed=config.seed)
+        if not len(chosen_on):
+            part = "the training set" if share is None else f"a share of {share:g} of the labels"
+            raise UserError(f"{part} has one image a class at most: none can be held out to choose the learning rate")
+        return available, available[learned], available[chosen_on]
 
     def _augmented(self, train: Table, kind: str, available: Tensor) -> tuple[Tensor, Tensor]:
         """Training features of the chosen kind, with those of the randomly cropped copies."""

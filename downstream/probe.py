@@ -128,9 +128,12 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) ->
 
 
 def split(labels: Tensor, share: float, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Positions of the training and the held-out part, `share` of each class (at least one image) held out."""
+    """Positions of the training and the held-out part, `share` of each class held out.
+
+    At least one image of a class is, and at least one is not: a class with one image has none to hold out.
+    """
     generator = torch.Generator().manual_seed(seed)
-    kept, held = [], []
+    kept, held = [labels.new_empty(0)], [labels.new_empty(0)]
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]

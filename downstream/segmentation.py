@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.presets import Preset
 from downstream import probe
 from downstream.encoder import Encoder
@@ -39,8 +40,15 @@ def probe_segmentation(
 
     Returns:
         miou (mean over classes that occur), classes (IoU of each, NaN where it does not occur), rate, token_accuracy.
+
+    Raises:
+        UserError: no token has a class, or features are not finite.
     """
     tokens, labels = token_table(encoder, train, preset, batch_size=batch_size, seed=seed)
+    if not len(labels):
+        raise UserError(f"{train.location}: no token has a class, all are ignored")
+    if not bool(torch.isfinite(tokens).all()):
+        raise UserError(f"{encoder.name}: features are not finite: the backbone diverged or its weights are damaged")
     classes = int(labels.max()) + 1
     kept, held = probe.split(labels, held_out, seed=seed)
     options = {"classes": classes, "epochs": epochs, "batch_size": 4096, "seed": seed}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from configs import LinearProbeConfig, UserError
 from configs.presets import Preset
@@ -146,6 +147,35 @@ def test_iou_and_token_labels_of_known_cases() -> None:
 def test_errors_say_what_to_do(shards: tuple[Path, Path], values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         linear_probe.run(config(shards, **values))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.0, 10.0])
+def test_shares_of_the_labels_lie_between_none_and_all(shards: tuple[Path, Path], share: float) -> None:
+    with pytest.raises(ValidationError, match="low_shot"):
+        config(shards, low_shot=[share])
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": 2}, "the training set has one image a class"),
+        ({"low_shot": [0.01]}, "a share of 0.01 of the labels"),
+    ],
+)
+def test_nothing_to_hold_out_is_said_at_once(
+    shards: tuple[Path, Path], tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        linear_probe.run(config(shards, **values), out_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_that_are_not_finite_are_an_error(shards: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"resize": 32, "size": 32, "batch_size": 4, "description": {}}
+    broken = {"avg": torch.tensor([[1.0], [2.0], [torch.nan], [0.0]])}
+    with pytest.raises(UserError, match="not finite"):
+        features.extract(tmp_path, Samples(str(shards[1])), lambda images, positions: broken, **options)
 
 
 def test_online_evaluation_gives_figures(shards: tuple[Path, Path]) -> None:
