@@ -82,7 +82,7 @@ def test_parts_are_mapped_by_preference(tmp_path: Path) -> None:
     assert index.parts(1)["image"][2] == 1
     assert Path(index.url(0)).read_bytes()[index.parts(1)["image"][1] :][:1] == b"2"
     assert index.label(0) == 3
-    with pytest.raises(UserError, match=r"no webp in these shards; they have"):
+    with pytest.raises(UserError, match=r"^data.parts: no webp in these shards; they have"):
         ShardIndex.open(tmp_path, parts={"image": "webp"})
 
 

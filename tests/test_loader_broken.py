@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loader_process import SEED, line
-from loader_sets import SIZES, STEPS, joined, make_loader, run, write_set
+from loader_sets import SIZES, STEPS, joined, make_loader, png, run, write_set
+from test_tar import archive
 
 from configs.errors import UserError
 from pretrain.data import fetch
@@ -109,3 +110,13 @@ def test_a_set_of_nothing_but_broken_samples_is_refused(tmp_path: Path) -> None:
     shards = write_set(tmp_path / "set", broken=tuple(range(sum(SIZES))))
     with pytest.raises(UserError, match=r"samples in a row are broken.*no image format known"):
         make_loader(shards)
+
+
+def test_a_set_without_a_known_image_is_refused_and_its_parts_are_named(tmp_path: Path) -> None:
+    files = [(f"{number:03d}.{part}", png(number)) for number in range(12) for part in ("left.jpg", "right.jpg")]
+    (tmp_path / "set.tar").write_bytes(archive(files))
+    with pytest.raises(
+        UserError, match=r"the samples have left\.jpg, right\.jpg; say which of them it is in data.parts"
+    ):
+        make_loader(tmp_path)
+    assert len(make_loader(tmp_path, parts={"image": "left.jpg"})[0].samples) == 12

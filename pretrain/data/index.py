@@ -50,13 +50,13 @@ class ShardIndex:
             self._arrays = arrays
             self.shard_first, self.shard_bytes = arrays["shard_first"], arrays["shard_bytes"]
             self.shard_sha256, self.labels = arrays["shard_sha256"], arrays["label"]
-            self._columns = _columns(json.loads(metadata["parts"]), parts)
             self.stored_parts: list[str] = json.loads(metadata["parts"])
             self.fingerprint = metadata["fingerprint"]
             self.notes: list[str] = json.loads(metadata["notes"])
             self.num_notes = int(metadata["num_notes"])
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and it will be built again") from error
+        self._columns = _columns(self.stored_parts, parts)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self.path, self.location, self._mapping)

@@ -87,6 +87,7 @@ class Loader:
             cache_dir=loading.cache_dir,
             check=False,
         )
+        _check_parts(self.index, transform)
         _check_sizes(self.index, data.max_broken)
         for message in self.index.warnings() if rank == 0 else ():
             warnings.warn(message, stacklevel=2)
@@ -253,6 +254,16 @@ class Loader:
             workers=self.num_workers,
             slots=loading.prefetch + (1 if self.device.type == "cpu" else 2),
             timeout_s=timeout_s,
+        )
+
+
+def _check_parts(index: ShardIndex, transform: fetch.Transform) -> None:
+    """Refuse a set whose samples have nothing that the transform reads, rather than to find each of them broken."""
+    wanted, there = getattr(transform, "parts", None), index.part_names
+    if wanted is not None and not set(wanted) & set(there):
+        raise UserError(
+            f"no image in {index.location.base}: the samples have {', '.join(there[:10])}; say which of them it is in "
+            "data.parts, {image: NAME}, or how names are cut into keys and parts in data.key_pattern"
         )
 
 

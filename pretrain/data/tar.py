@@ -1,8 +1,8 @@
 """Tar: the headers of an archive, read in one pass over a stream. Written for tars made by others, even hostile ones.
 
 Nothing is extracted. Names are data, never paths; links, devices and names that would leave a folder are reported and
-passed over. v7, ustar, GNU long names and pax (path, size) are understood, as Python's tarfile writes them; tarfile itself
-is 2.5 times slower, keeps an object per member, and raises many kinds of errors on garbage.
+passed over. v7, ustar, GNU long names and pax (path, size) are understood, as Python's tarfile writes them; tarfile
+itself is 2.5 times slower, keeps an object per member, and raises many kinds of errors on garbage.
 """
 
 from __future__ import annotations
