@@ -140,9 +140,9 @@ def _plain(name: str, config: RobustnessConfig, ball: Ball, victim: Victim, imag
 
 
 def curve(trial: Trial) -> list[dict[str, float]]:
-    """Loss and accuracy over eps under PGD and under random search with as many passes, with the fixed start."""
+    """Loss and accuracy over rising eps under PGD and under random search of as many passes, with the fixed start."""
     points = []
-    for eps in trial.config.curve:
+    for eps in sorted(set(trial.config.curve)):
         ball, victim = Ball("linf", eps), trial.classifier.victim()
         if eps == 0:
             found = {"pgd": trial.images, "random": trial.images}

@@ -21,6 +21,7 @@ from configs.errors import run as run_entry
 from configs.flags import parse
 
 if TYPE_CHECKING:
+    from downstream.classifier import Classifier
     from downstream.robust_scores import Trial
 
 TASK = "robustness"
@@ -39,9 +40,9 @@ def run(config: RobustnessConfig, *, out_dir: Path | None = None) -> dict[str, A
     data = classifier.read(config.data, limit=config.images, size=config.size, num_classes=model.num_classes)
     from downstream.robust_scores import Trial
 
-    trial = Trial(model, data, config)
+    trial, source = Trial(model, data, config), _source(config, model.num_classes)
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
-    document = measure(trial, out)
+    document = measure(trial, out, source)
     protocol = protocol_of(trial)
     path = results.write(out, TASK, config, protocol, **document, seconds=trial.seconds)
     print(table(document))
@@ -49,9 +50,24 @@ def run(config: RobustnessConfig, *, out_dir: Path | None = None) -> dict[str, A
     return {**document, "path": str(path)}
 
 
-def measure(trial: Trial, out: Path) -> dict[str, Any]:
-    """Run all parts and draw the pictures."""
-    from downstream import calibration, classifier, robust_pictures, robust_scores
+def _source(config: RobustnessConfig, num_classes: int) -> Classifier | None:
+    """The classifier whose adversarial images are tried; read before hours of attacks, not after them."""
+    from downstream import classifier
+
+    if config.transfer_from is None:
+        return None
+    source = classifier.load(config.transfer_from, device=config.device)
+    if source.num_classes != num_classes:
+        raise UserError(
+            f"{config.transfer_from} has {source.num_classes} classes, {config.ckpt} has {num_classes}: "
+            "adversarial images are moved between classifiers of the same classes only"
+        )
+    return source
+
+
+def measure(trial: Trial, out: Path, source: Classifier | None = None) -> dict[str, Any]:
+    """Run all parts and draw the pictures. source: the classifier whose adversarial images are tried."""
+    from downstream import calibration, robust_pictures, robust_scores
 
     config = trial.config
     out.mkdir(parents=True, exist_ok=True)
@@ -60,8 +76,7 @@ def measure(trial: Trial, out: Path) -> dict[str, Any]:
     reliability = {"clean": calibration.reliability(chances.mean(0), trial.data.labels)}
     document["attacks"] = robust_scores.attacks(trial)
     document["curve"] = trial.timed("curve", lambda: robust_scores.curve(trial)) if config.curve else []
-    if config.transfer_from is not None:
-        source = classifier.load(config.transfer_from, device=config.device)
+    if source is not None:
         document["transfer"] = trial.timed("transfer", lambda: robust_scores.transfer(trial, source))
     if config.corruptions not in ((), ("none",)):
         document["corruptions"], many, labels = trial.timed("corruptions", lambda: robust_scores.corrupted(trial))
@@ -76,9 +91,9 @@ def measure(trial: Trial, out: Path) -> dict[str, Any]:
 
 
 def check_corruptions(config: RobustnessConfig) -> None:
-    """Raises UserError for corruptions or severities that do not exist."""
+    """Raises UserError for corruptions or severities that do not exist, and for published arrays that are missing."""
     from configs.models import nearest
-    from downstream.corruptions import NAMES, SEVERITIES
+    from downstream.corruptions import NAMES, SEVERITIES, published
 
     for name in config.corruptions:
         if name not in NAMES and config.corruptions not in (("all",), ("none",)):
@@ -86,6 +101,9 @@ def check_corruptions(config: RobustnessConfig) -> None:
     for severity in config.severities:
         if severity not in SEVERITIES:
             raise UserError(f"severity {severity} does not exist; there are 1 to 5")
+    if config.cifar10c is not None and config.corruptions != ("none",):
+        for name in NAMES if config.corruptions == ("all",) else config.corruptions:
+            published(Path(config.cifar10c), name, config.severities[0])
 
 
 def protocol_of(trial: Trial) -> dict[str, Any]:

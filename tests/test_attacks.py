@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from downstream.attacks import losses
-from downstream.attacks.apgd import apgd, checkpoints
+from downstream.attacks.apgd import _State, apgd, checkpoints
 from downstream.attacks.ball import Ball, length
 from downstream.attacks.ensemble import Budget, autoattack
 from downstream.attacks.fab import fab, to_plane
@@ -138,6 +138,15 @@ def test_fgsm_is_exact_for_two_classes() -> None:
         for factor, fooled in ((0.99, False), (1.01, True)):
             found = fgsm(victim, clean[row : row + 1], labels[row : row + 1], Ball("linf", factor * nearest))
             assert (victim.ask(found).argmax(1) != labels[row]).item() is fooled
+
+
+def test_apgd_halves_where_fewer_than_three_quarters_of_the_steps_raise_the_loss() -> None:
+    for rises, halved in ((15, False), (14, True)):  # of 20 steps: algorithm 1 counts f(x_{i+1}) > f(x_i)
+        state = _State(torch.zeros(1, 3, 2, 2), 1.0)
+        losses = [*range(rises + 1), *[0.5] * (20 - rises)]
+        for loss in losses:
+            state.record(torch.zeros(1, 3, 2, 2), torch.tensor([float(loss)]), torch.zeros(1, 3, 2, 2))
+        assert state.review(20).item() is halved
 
 
 def test_square_needs_no_gradient(victim: Victim, clean: Tensor) -> None:

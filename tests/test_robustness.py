@@ -25,7 +25,7 @@ SMALL = {
 }
 BUDGET = [
     "--pgd-steps", "3", "--auto-steps", "3", "--auto-targets", "1", "--queries", "6", "--draws", "2", "--starts", "2",
-    "--curve", "0", "0.03", "--severities", "5", "--pictures", "2", "--batch-size", "3",
+    "--curve", "0.03", "0", "--severities", "5", "--pictures", "2", "--batch-size", "3",
 ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_the_whole_test(exported: Path, shards: Path, tmp_path: Path, capsys: py
         assert parts[1] == {"clean", "apgd-ce", "apgd-dlr"}
     assert [row["name"] for row in document["corruptions"]["rows"]] == ["fog", "contrast"]
     assert 0 <= document["corruptions"]["mean"]["ece"] <= 1
-    assert len(document["curve"]) == 2
+    assert [point["eps"] for point in document["curve"]] == [0, 0.03]
     assert document["transfer"]["from"] == "export"
     for picture in ("reliability.png", "curve.png", "adversarial.png"):
         assert (tmp_path / picture).stat().st_size > 5000
@@ -104,11 +104,20 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
         (["--ckpt", "EXPORT", "--corruptions", "frots"], "did you mean 'frost'"),
         (["--ckpt", "EXPORT", "--severities", "6"], "severity 6 does not exist"),
         (["--ckpt", "EXPORT", "--severities"], "severities.*at least 1 item"),
+        (["--ckpt", "EXPORT", "--transfer-from", "/nowhere/run"], "is no run, export, weights file"),
+        (["--ckpt", "EXPORT", "--transfer-from", "TWO"], "has 2 classes, .* has 10"),
+        (["--ckpt", "EXPORT", "--cifar10c", "/nowhere", "--corruptions", "fog"], "fog.npy is missing"),
         ([], "no classifier"),
     ],
 )
-def test_errors_say_what_to_do(arguments: list[str], message: str, exported: Path, shards: Path) -> None:
-    filled = [{"EXPORT": str(exported), "SHARDS": str(shards)}.get(argument, argument) for argument in arguments]
+def test_errors_say_what_to_do_before_any_attack(
+    arguments: list[str], message: str, exported: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"EXPORT": str(exported), "SHARDS": str(shards), "TWO": str(tmp_path)}
+    filled = [known.get(argument, argument) for argument in arguments]
+    if "TWO" in arguments:
+        save_for_hf(timm.create_model("resnet10t", num_classes=2), str(tmp_path), safe_serialization=True)
+    monkeypatch.setattr(robustness, "measure", lambda *arguments: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
         robustness.main([*filled, "--data", str(shards)])
 

@@ -69,7 +69,7 @@ class _State:
         self.best_images, self.best_gradient = images.clone(), torch.zeros_like(images)
         self.best_loss = images.new_full((len(images),), float("-inf"))
         self.size = images.new_full((len(images), *[1] * (images.ndim - 1)), 2 * eps)
-        self._last_loss = self.best_loss.clone()
+        self._last_loss = -self.best_loss  # the first point is no rise
         self._rises = images.new_zeros(len(images))
         self._best_at_review = self.best_loss.clone()
         self._halved = torch.ones(len(images), dtype=torch.bool, device=images.device)
