@@ -37,7 +37,7 @@ def backward(
 
     `seed` starts torch's generator for each chunk, so that dropout and the like draw the same in both passes. Metrics
     of separable tasks are means over this rank's samples; those of other tasks are global already. `describe` adds what
-    the task's own `describe` says of this rank's embeddings, if it has one.
+    the task's own `describe` says of the embeddings, if it has one (collective).
     """
     parts = [batch[cut] for cut in chunks(len(batch), micro_batch)]
     if task.separable:

@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain.representation import describe
 from pretrain.tasks.nt_xent import nt_xent
+from pretrain.tasks.simclr import Simclr
 
 SHARED = Path(os.environ.get("AKORN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -113,7 +115,8 @@ def rank_part(rank: int, world_size: int, port: str, folder: str) -> None:
     samples = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).chunk(world_size)[rank]
     loss, accuracy = nt_xent(embeddings, samples)
     loss.backward()
-    torch.save({"loss": loss.detach(), "accuracy": accuracy, "grad": embeddings.grad}, f"{folder}/{rank}.pt")
+    figures = Simclr.describe(embeddings.detach())
+    torch.save({"loss": loss.detach(), "accuracy": accuracy, "grad": embeddings.grad, **figures}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -127,6 +130,8 @@ def test_ranks_together_equal_one_process(world_size: int, tmp_path: Path, free_
     for part in parts:
         torch.testing.assert_close(part["loss"], loss.detach(), rtol=1e-13, atol=0)
         assert part["accuracy"] == accuracy
+        for name, figure in describe(whole.detach()).items():
+            torch.testing.assert_close(part[name], figure)
     torch.testing.assert_close(torch.cat([part["grad"] for part in parts]), whole.grad, rtol=1e-12, atol=1e-14)
 
 

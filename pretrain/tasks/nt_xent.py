@@ -70,11 +70,11 @@ class _NTXent(torch.autograd.Function):
         temperature: float,
         block_elements: int,
     ) -> tuple[Tensor, Tensor]:
-        candidates = _gather(anchors)  # [N, d]
+        candidates = gather(anchors)  # [N, d]
         if samples is None:
             identities = torch.arange(len(candidates), device=anchors.device) // 2
         else:
-            identities = _gather(samples).repeat_interleave(2)
+            identities = gather(samples).repeat_interleave(2)
         first = _first_row(anchors)
         positive = (anchors.unflatten(0, (-1, 2)).prod(1).sum(-1) / temperature).repeat_interleave(2)  # [M]
         negative_lse, hardest = torch.empty_like(positive), torch.empty_like(positive)
@@ -83,7 +83,7 @@ class _NTXent(torch.autograd.Function):
             negative_lse[rows], hardest[rows] = torch.logsumexp(s, 1), s.amax(1)
         losses = F.softplus(negative_lse - positive)  # lse - positive without cancellation where the loss is small
         # One gather, so that every rank sums the same numbers in the same order.
-        per_anchor = _gather(torch.stack((losses + positive, losses, (positive > hardest).to(losses)), 1))
+        per_anchor = gather(torch.stack((losses + positive, losses, (positive > hardest).to(losses)), 1))
         ctx.save_for_backward(candidates, identities, per_anchor[:, 0].contiguous(), losses)
         ctx.first, ctx.temperature, ctx.block_elements = first, temperature, block_elements
         loss, accuracy = per_anchor[:, 1:].mean(0).unbind()
@@ -128,7 +128,7 @@ def _first_row(anchors: Tensor) -> int:
     return dist.get_rank() * len(anchors) if _world_size() > 1 else 0
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """Parts of all ranks one after the other along the first dimension (collective)."""
     world_size = _world_size()
     if world_size == 1:

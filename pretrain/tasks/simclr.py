@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import PretrainConfig
 from configs.tasks import SimclrTask
 from pretrain.representation import describe
-from pretrain.tasks.nt_xent import nt_xent
+from pretrain.tasks.nt_xent import gather, nt_xent
 
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
@@ -85,9 +85,11 @@ class Simclr:
         loss, accuracy = nt_xent(embeddings, samples, temperature=self._temperature)
         return loss, {"accuracy": accuracy}
 
-    def describe(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """Alignment, uniformity and effective rank of this rank's embeddings."""
-        return describe(embeddings)
+    @staticmethod
+    def describe(embeddings: Tensor) -> dict[str, Tensor]:
+        """Alignment, uniformity and effective rank, whatever the ranks, of the first images of the global batch
+        (collective). Of a rank's own images alone they would depend on how many it has."""
+        return describe(gather(embeddings.float()))
 
 
 def make_backbone(config: PretrainConfig) -> Any:
