@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_others_may_read_an_export_and_nothing_else_is_replaced(run_dir: Path, t
         with pytest.raises(UserError, match="holds other things"):
             export.export(run_dir, path)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("resnet18", {"channels": [4, 4, 4, 4]}), ("akorn_nano_patch4_32", {"img_size": 40})]
+)
+def test_an_export_says_at_which_size_it_was_trained(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+    import timm
+
+    config = settings(model={"name": name, "args": args}, views={"size": 40})
+    module = make_task(config).module
+    state = {"step": 1, "config": config.model_dump(mode="json")}
+    checkpoint.write(tmp_path, Snapshot(state, {"weights": module.state_dict()}))
+    model = timm.create_model(f"local-dir:{export.export(tmp_path, tmp_path / 'out')}", pretrained=True)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 40, 40)
+    assert "test_input_size" not in model.pretrained_cfg or model.pretrained_cfg["test_input_size"] is None
 
 
 def test_errors_name_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
