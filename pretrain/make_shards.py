@@ -165,7 +165,7 @@ def _paths(options: argparse.Namespace) -> tuple[str, Path | None, Path]:
             f"{kind} takes {' '.join(wanted)}, not {len(paths)} paths: make_shards.py {kind} {' '.join(wanted)}"
         )
     found = [Path(path).expanduser().absolute() for path in paths]
-    if len(found) == 2 and not found[0].exists() and "{" not in found[0].name:
+    if len(found) == 2 and not found[0].exists() and "{" not in str(found[0]):
         raise UserError(f"{found[0]} does not exist; INPUT is what {kind} is made from")
     return kind, found[0] if len(found) == 2 else None, found[-1]
 

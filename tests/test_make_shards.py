@@ -18,7 +18,7 @@ from pretrain.data import making
 from pretrain.data.decode import decode_image, decode_mask
 from pretrain.data.index import ShardIndex
 from pretrain.data.scenes import SCENES
-from pretrain.data.shards import ShardReader
+from pretrain.data.shards import ShardReader, ShardWriter
 from pretrain.data.sources.picture import encode_jpeg, encode_png
 from pretrain.make_shards import KINDS, main
 
@@ -212,6 +212,15 @@ def test_a_full_disk_is_told_and_the_command_goes_on(tmp_path: Path, monkeypatch
             main(command)
     assert main(command) == 0
     assert main(["--verify", str(tmp_path / "set")]) == 0
+
+
+def test_shards_of_several_folders_by_a_pattern(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"part-{number}").mkdir()
+        with ShardWriter(tmp_path / f"part-{number}" / "0.tar") as writer:
+            writer.write(f"{number}", {"png": encode_png(photo(number))})
+    main(["shards", f"{tmp_path}/part-{{0..1}}/0.tar", str(tmp_path / "out"), "--workers", "1"])
+    assert len(ShardIndex.open(tmp_path / "out")) == 2
 
 
 def test_foreign_tars_are_not_overwritten(tmp_path: Path) -> None:
