@@ -111,7 +111,9 @@ class _Source:
 
         config = json.loads((folder / "config.json").read_text())
         if "pretrained_cfg" not in config:
-            raise UserError(f"{folder} is no model of images: {config.get('architecture')}")
+            raise UserError(f"{self.ckpt} is no model of images: {config.get('architecture')}")
+        if config.get("num_classes") and (folder / fingerprint.FILE).is_file():  # a fingerprint of logits
+            raise UserError(f"{self.ckpt} is a classifier, which robustness.py tests; here is a backbone wanted")
         if self.random:
             return self._created(config["architecture"], **config.get("model_args", {}))
         model = self._created(f"local-dir:{folder.resolve()}", pretrained=True)

@@ -66,16 +66,17 @@ def load(
 def _of_folder(path: Path) -> Any:
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
-            return _exported(folder)
+            return _exported(folder, path)
     if (path / "checkpoints").is_dir():
         from pretrain.export import export
 
         with tempfile.TemporaryDirectory() as folder_name:
-            return _exported(export(path, Path(folder_name) / "export"))
+            return _exported(export(path, Path(folder_name) / "export"), path)
     raise UserError(f"{path} is neither a run nor an export: it has no config.json and no checkpoints")
 
 
-def _exported(folder: Path) -> Any:
+def _exported(folder: Path, ckpt: Path) -> Any:
+    """The model in an export; errors name the checkpoint that the user gave."""
     import timm
 
     import pretrain  # noqa: F401  (registers the models of this project)
@@ -86,7 +87,7 @@ def _exported(folder: Path) -> Any:
         with quiet():
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{ckpt} cannot be loaded: {str(error).splitlines()[0]}") from error
     if (folder / fingerprint.FILE).is_file():
         fingerprint.check(model, folder)
     return model

@@ -62,7 +62,7 @@ class Samples:
         lacking = [part for part in needs if part not in self.index.part_names]
         if lacking:
             raise UserError(f"{location} has no part {', '.join(lacking)}: it holds {', '.join(self.index.part_names)}")
-        self.has_classes = CLASSES in self.index.part_names
+        self._masks = [part for part in (INSTANCES, CLASSES) if part in self.index.part_names]
         self._images = [part for part in self.index.part_names if part in IMAGE_PARTS]
         self._length = min(len(self.index), limit or len(self.index))
         self._pool = ThreadPoolExecutor(workers)
@@ -91,14 +91,18 @@ class Samples:
         return [range(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def scenes(self, samples: Sequence[int], preset: Preset) -> Scene:
-        """Read samples with their masks under a protocol."""
-        parts = {*self._images, INSTANCES, *([CLASSES] if self.has_classes else [])}
+        """Read samples with their masks under a protocol.
+
+        Raises:
+            UserError: a sample cannot be read, lacks a mask, or its mask's size is not that of its image.
+        """
+        parts = {*self._images, *self._masks}
         read = list(self._pool.map(lambda sample: self._scene(sample, parts, preset), samples))
         images, instances, classes = zip(*read)
         return Scene(
             torch.stack(images),
             torch.stack(instances),
-            torch.stack(classes) if self.has_classes else None,
+            torch.stack(classes) if CLASSES in self._masks else None,
             list(samples),
         )
 
@@ -113,9 +117,15 @@ class Samples:
 
     def _scene(self, sample: int, parts: set[str], preset: Preset) -> tuple[Tensor, Tensor, Tensor]:
         image, masks = self._decoded(sample, parts)
-        instances = _cut_mask(masks[INSTANCES], preset)
-        classes = _cut_mask(masks[CLASSES], preset) if CLASSES in masks else instances
-        return _cut_image(image, preset), instances, classes
+        for part in self._masks:
+            if part not in masks:
+                raise UserError(f"{self.location}: sample {self.index.keys([sample])[0]} has no {part}, others have")
+            mask = masks[part]
+            if not _same_cut(image.shape[1:], mask.shape, preset):
+                sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels, its image {image.shape[2]} x {image.shape[1]}"
+                raise UserError(f"{self.location}: sample {self.index.keys([sample])[0]}: {part} has {sizes}")
+        cut = [_cut_mask(masks[part], preset) for part in self._masks]
+        return _cut_image(image, preset), cut[0], cut[-1]  # each stands for the other where there is one
 
     def _decoded(self, sample: int, parts: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -151,6 +161,13 @@ def _labels(content: bytes) -> Tensor:
     mask = torch.from_numpy(decode_mask(content)).long()
     sixteen_bits = content[24:25] == b"\x10"  # the bit depth in a PNG's header
     return torch.where(mask == (65535 if sixteen_bits else 255), IGNORE, mask)
+
+
+def _same_cut(image: torch.Size, mask: torch.Size, preset: Preset) -> bool:
+    """Whether a protocol takes the same part of an image and of its mask, by their sizes (height, width)."""
+    if image == mask:
+        return True
+    return image[0] * mask[1] == image[1] * mask[0] and preset.raw not in (tuple(image), tuple(mask))
 
 
 def _cut_image(image: Tensor, preset: Preset) -> Tensor:

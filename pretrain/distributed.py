@@ -73,9 +73,16 @@ def leave() -> None:
 
 def own_device(wanted: str | None = None) -> torch.device:
     """The device of this process: the one wanted by name, else the CPU, or where there are GPUs ("cuda" too) the one
-    that LOCAL_RANK says, modulo those that are visible; it becomes the current one."""
+    that LOCAL_RANK says, modulo those that are visible; it becomes the current one.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if wanted not in (None, "cuda") or not torch.cuda.is_available():
-        return torch.device(wanted or "cpu")
+        try:
+            return torch.empty(0, device=wanted or "cpu").device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={wanted} cannot be used here: {str(error).splitlines()[0]}") from None
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     # DeepSpeed takes LOCAL_RANK for the device's number, which it is not where SLURM shows each process its own GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_an_export_gives_its_features_and_damage_is_noticed(tmp_path: Path) -> N
     save_for_hf(model, str(tmp_path / "export"), model_args={}, safe_serialization=True)
     with pytest.raises(UserError, match="does not give the features recorded"):
         load(str(tmp_path / "export"), device="cpu")
+
+
+def test_a_classifier_is_told_from_a_damaged_backbone(tmp_path: Path) -> None:
+    from pretrain import fingerprint
+
+    small = {"embed_dim": 4, "depth": 2, "kernel_size": [3, 3], "num_steps": 2}
+    model = timm.create_model("akorn_classifier_32", num_classes=10, **small).eval()
+    save_for_hf(model, str(tmp_path / "export"), model_args=small, safe_serialization=True)
+    (tmp_path / "export" / fingerprint.FILE).write_text(json.dumps(fingerprint.take(model, [1, 3, 32, 32])))
+    with pytest.raises(UserError, match=f"{tmp_path} is a classifier"):
+        load(str(tmp_path))
 
 
 def test_controls_change_what_they_say() -> None:

@@ -168,6 +168,46 @@ def test_up_tiled_crops_reach_the_model_as_published() -> None:
     assert torch.stack(seen).max() > 1.01  # bicubic, not clamped (golden/up_tiling)
 
 
+@pytest.mark.parametrize(
+    ("image", "mask", "preset", "fits"),
+    [
+        ((32, 32), (32, 32), "tetrominoes", True),
+        ((32, 32), (64, 64), "tetrominoes", True),  # enlarged as a whole
+        ((32, 32), (64, 40), "tetrominoes", False),
+        ((240, 320), (120, 160), "clevr", False),  # the box of one, the centre of the other
+        ((240, 320), (120, 160), "voc", True),
+    ],
+)
+def test_masks_are_cut_as_their_images(
+    image: tuple[int, int], mask: tuple[int, int], preset: str, fits: bool, tmp_path: Path
+) -> None:
+    with ShardWriter(tmp_path / "a-000000.tar") as writer:
+        writer.write("0", {"png": png(np.zeros((*image, 3), np.uint8)), "instances.png": png(np.ones(mask, np.uint8))})
+    samples = Samples(str(tmp_path))
+    if fits:
+        assert samples.scenes([0], PRESETS[preset]).instances.min() == 1
+    else:
+        with pytest.raises(UserError, match=f"{mask[1]} x {mask[0]} pixels, its image {image[1]} x {image[0]}"):
+            samples.scenes([0], PRESETS[preset])
+
+
+def test_classes_need_no_instances_and_every_sample_its_masks(tmp_path: Path) -> None:
+    image, mask = squares(0)
+    parts = {"png": png(image), "classes.png": png(mask)}
+    with ShardWriter(tmp_path / "a-000000.tar") as writer:
+        writer.write("0", parts)
+    scene = Samples(str(tmp_path)).scenes([0], PRESETS["tetrominoes"])
+    assert scene.classes is not None
+    assert scene.classes[0].tolist() == mask.tolist()
+    other = tmp_path / "other"
+    other.mkdir()
+    with ShardWriter(other / "a-000000.tar") as writer:
+        writer.write("0", parts)
+        writer.write("1", {"png": png(image)})
+    with pytest.raises(UserError, match=r"sample 1 has no classes\.png"):
+        Samples(str(other)).scenes([0, 1], PRESETS["tetrominoes"])
+
+
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
     ("values", "message"),

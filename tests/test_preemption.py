@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from configs.errors import UserError
 from pretrain import distributed, preemption
 from pretrain.distributed import Ranks
 from pretrain.preemption import EARLY_REQUEST, Stop
@@ -122,6 +123,12 @@ def test_deepspeed_is_told_the_device_among_those_that_are_visible(
     assert chosen == [torch.device("cuda", device)] * 2
     assert distributed.own_device("cpu") == torch.device("cpu")
     assert os.environ["LOCAL_RANK"] == str(device)  # what DeepSpeed sets as the current device
+
+
+@pytest.mark.parametrize("wanted", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(wanted: str) -> None:
+    with pytest.raises(UserError, match=f"device={wanted} cannot be used here"):
+        distributed.own_device(wanted)
 
 
 def test_batch_that_does_not_divide_names_what_works() -> None:
