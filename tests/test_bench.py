@@ -65,11 +65,9 @@ def test_time_in_collectives_counts_once() -> None:
 
 def test_the_gather_of_the_loss_counts_as_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is told of a second process, which holds the same embeddings."""
-    monkeypatch.setattr("pretrain.tasks.nt_xent._world_size", lambda group: 2)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda group: 0)
-    monkeypatch.setattr(
-        "torch.distributed.all_gather_single", lambda whole, part, group: whole.copy_(torch.cat([part, part]))
-    )
+    monkeypatch.setattr("pretrain.tasks.nt_xent._world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.all_gather_single", lambda whole, part: whole.copy_(torch.cat([part, part])))
     clock = timing.Clock(CPU)
     with timing.timed_collectives(clock):
         nt_xent(torch.randn(4, 2, 8))
