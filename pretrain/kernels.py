@@ -27,7 +27,7 @@ from pretrain import fusing
 from pretrain.distributed import Ranks, broadcast_json
 from pretrain.models.connectivity import AttentionCoupling, Coupling, Grid
 from pretrain.models.kernels import build
-from pretrain.models.kuramoto import KERNELS, KuramotoLayer, Readout
+from pretrain.models.kuramoto import KuramotoLayer, Readout
 from pretrain.native import find_compiler
 
 Layer = KuramotoLayer | AttentionCoupling
@@ -85,8 +85,6 @@ def choose(
     backbone: nn.Module, compute: Compute, device: torch.device, *, images: int = 64, recorded: Sequence[Row] = ()
 ) -> list[Row]:
     """One row per kind of layer. Kinds in `recorded` are not measured again while their kernel can still run."""
-    if compute.kernel not in ("auto", *KERNELS):
-        raise UserError(f"compute.kernel={compute.kernel}: choose one of auto, {', '.join(KERNELS)}")
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     layers = layers_of(backbone)
     kinds = {shape_of(layer, grid): (layer, grid) for layer, grid in zip(layers, grids_of(backbone, layers))}

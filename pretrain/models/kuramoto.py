@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.models.connectivity import Coupling, Grid
 from pretrain.models.kernels import native, readout
 
-KERNELS = ("plain", "compiled", "graphed", "native")
 NORMS = ("sphere", "clamp", "rms", "none")
 TINY = 1e-24  # square of the smallest norm that still divides
 
