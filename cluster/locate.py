@@ -9,10 +9,11 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from configs import AnyJob
 from configs.section import Section
+
+Config = TypeVar("Config", bound=Section)
 
 _PATHS = frozenset(
     {
@@ -35,23 +36,19 @@ _URL = re.compile(r"^(?:[A-Za-z0-9+.-]+://|pipe:|hf[-_]hub:)")
 _BEFORE_A_PATH = re.compile(r"^(?:file|local-dir):(?!//)")
 
 
-def located(config: AnyJob) -> AnyJob:
-    """The same configuration with absolute paths."""
-    return _located(config)  # type: ignore[return-value]
-
-
-def _located(section: Section) -> Section:
+def located(config: Config) -> Config:
+    """The same configuration, or section of one, with absolute paths."""
     update: dict[str, Any] = {}
-    for key, value in section:
+    for key, value in config:
         if isinstance(value, Section):
-            update[key] = _located(value)
+            update[key] = located(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):
-            update[key] = tuple(_located(item) for item in value)
+            update[key] = tuple(located(item) for item in value)
         elif key in _PATHS or key in _MAYBE_PATHS:
             is_list = isinstance(value, tuple)
             items = [_located_item(key, item) for item in (value if is_list else (value,))]
             update[key] = tuple(items) if is_list else items[0]
-    return section.model_copy(update=update)
+    return config.model_copy(update=update)
 
 
 def _located_item(key: str, value: Any) -> Any:

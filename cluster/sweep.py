@@ -106,7 +106,7 @@ def launch(config_name: str, overrides: Sequence[str], sweeps: Sequence[str], *,
     Raises:
         UserError: something is wrong with one of the runs; none was launched.
     """
-    configs = [located_run(config) for config in configurations(config_name, overrides, sweeps)]
+    configs = [located(config) for config in configurations(config_name, overrides, sweeps)]
     on_slurm = resolve(configs[0].cluster).executor == "slurm"
     if detach and not on_slurm and not dry_run:
         raise UserError("--sweep on this machine runs one after the other and cannot be detached; use nohup or tmux")
@@ -159,13 +159,6 @@ def _one_after_the_other(configs: Sequence[PretrainConfig]) -> int:
         if code == INTERRUPTED:
             break
     return worst
-
-
-def located_run(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with absolute paths."""
-    there = located(config)
-    assert isinstance(there, PretrainConfig)
-    return there
 
 
 def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -17,9 +17,7 @@ from configs.jobs import DownstreamJob
 from configs.models import SUDOKU_MODELS, Model, nearest
 from configs.presets import PRESETS
 from configs.section import Section
-from configs.tasks import AnyTask, SimclrTask
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from configs.tasks import AnyTask, Share, SimclrTask
 
 
 class Data(Section):
