@@ -164,7 +164,9 @@ def _override(document: _Document, override: str) -> None:
     for position, part in enumerate(parts[:-1]):
         target = _enter(target, part, f"{source}: {'.'.join(map(str, parts[: position + 1]))}")
     _enter(target, parts[-1], source, value=value)
-    document.places[tuple(parts)] = source
+    written = tuple(parts)  # what the file says below it is gone
+    document.places = {path: place for path, place in document.places.items() if path[: len(written)] != written}
+    document.places[written] = source
 
 
 def _enter(target: Any, part: str | int, where: str, **assign: Any) -> Any:

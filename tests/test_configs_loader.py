@@ -57,6 +57,11 @@ def test_frozen(small: Path) -> None:
         config.seed = 3
 
 
+def test_an_override_of_a_list_is_named_for_its_items() -> None:
+    with pytest.raises(UserError, match=r"^override 'T=\[0\]': T\.0: input should be greater than 0"):
+        load("solve_sudoku", ["T=[0]"])  # the file has a list of its own
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
