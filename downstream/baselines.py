@@ -48,9 +48,11 @@ def one_segment(scene: Scene, clusters: int) -> Tensor:
 
 
 def grid_ceiling(scene: Scene, grid: tuple[int, int], *, foreground: bool) -> Tensor:
-    """What labels [B, h, w] of tokens can reach at best: each takes the most frequent true label of its pixels.
+    """The truth as labels [B, h, w] of tokens: each takes the most frequent true label of its pixels.
 
-    foreground: objects come before background, which is best for scores that look at objects' pixels only (FG-ARI).
+    No strict bound of MBO: a segment may gain by tokens that its object does not fill by half.
+
+    foreground: objects come before background, for scores that look at objects' pixels only (FG-ARI).
     """
     counts = metrics.by_token(scene.instances + 1, grid)[:, 1:]  # without ignored pixels
     if foreground:
@@ -59,7 +61,7 @@ def grid_ceiling(scene: Scene, grid: tuple[int, int], *, foreground: bool) -> Te
 
 
 def grid_scores(scene: Scene, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Scores of the grid's ceiling, each by the labels that are best for it."""
+    """Scores of the grid's ceiling, each by the labels that suit it."""
     plain = metrics.score(scene.instances, grid_ceiling(scene, grid, foreground=False), scene.classes)
     objects = metrics.score(scene.instances, grid_ceiling(scene, grid, foreground=True), scene.classes)
     return plain | {name: objects[name] for name in ("fg_ari", "fg_ari_2")}
