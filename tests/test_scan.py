@@ -57,6 +57,16 @@ def test_a_shard_cut_between_two_files_is_noticed() -> None:
     assert "no end mark after 2560 bytes" in found.notes[0]
 
 
+def test_tars_put_one_behind_another_are_told() -> None:
+    """Like webdataset and tar itself, only the first is read; but the rest is not lost in silence."""
+    first, second = archive([("1.jpg", b"x")]), archive([("2.jpg", b"y")])
+    found = scan(io.BytesIO(first + second), "s")
+    assert found.keys == ["1"]
+    assert found.notes == ["what follows the end mark at byte 1536 is ignored (tars put together with cat?)"]
+    assert found.num_bytes == len(first + second)
+    assert not scan(io.BytesIO(first + bytes(5 << 20)), "s").notes
+
+
 def test_empty_and_garbage_shards_have_a_note() -> None:
     for content in (b"", archive([]), b"no tar at all" * 100):
         found = scan(io.BytesIO(content), "s")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pretrain.data.tar import BLOCK, Member, Stream, TarDamagedError, members
+from pretrain.data.tar import BLOCK, CHUNK, Member, Stream, TarDamagedError, members
 
 NO_LABEL = np.iinfo(np.int32).min
 LABEL_PARTS = ("cls", "cls.txt", "class", "label", "label.txt")
@@ -114,6 +114,14 @@ class _Collector:
             del self.rows[-1], self.labels[-1], self.keys[-1]
 
 
+def _goes_on(stream: Stream) -> bool:
+    """Whether there is anything but zeros ahead, as far as the first that is found."""
+    while content := stream.read(CHUNK):
+        if content.strip(b"\0"):
+            return True
+    return False
+
+
 def scan(file: BinaryIO, name: str, *, key_pattern: str = DEFAULT_KEY) -> ShardScan:
     """Read a tar from its beginning to its end. Never raises on what the tar holds; reading errors of `file` pass up.
 
@@ -125,6 +133,9 @@ def scan(file: BinaryIO, name: str, *, key_pattern: str = DEFAULT_KEY) -> ShardS
         for member in members(stream, book.note):
             if book.add(*member) in LABEL_PARTS:
                 book.label(stream.read(min(member.size, 32)))
+        end = stream.position
+        if _goes_on(stream):
+            book.note(f"what follows the end mark at byte {end} is ignored (tars put together with cat?)")
     except TarDamagedError as error:
         book.note(str(error))
         if error.cut is not None:
