@@ -33,6 +33,13 @@ class Classifier:
         victim = Victim(self.model, mean=self.mean, std=self.std, seed=seed)
         return victim.with_draws(draws, seed=seed) if draws else victim
 
+    def check_size(self, side: int) -> None:
+        """Raise a UserError where the network takes images of another size only (timm's vision transformers)."""
+        embedding: Any = getattr(self.model, "patch_embed", None)
+        if getattr(embedding, "strict_img_size", False) and side not in embedding.img_size:
+            own = embedding.img_size[0]
+            raise UserError(f"{self.name} takes images of {own} px only, these have {side}: give --size {own}")
+
 
 def load(
     ckpt: str, *, arch: str | None = None, args: Mapping[str, Any] | None = None, device: str | None = None

@@ -41,6 +41,9 @@ def run(config: RobustnessConfig, *, out_dir: Path | None = None) -> dict[str, A
     from downstream.robust_scores import Trial
 
     trial, source = Trial(model, data, config), _source(config, model.num_classes)
+    for one in (model, source):
+        if one is not None:
+            one.check_size(data.images.shape[1])
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
     document = measure(trial, out, source)
     protocol = protocol_of(trial)

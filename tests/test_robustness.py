@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
         (["--ckpt", "EXPORT", "--severities"], "severities.*at least 1 item"),
         (["--ckpt", "EXPORT", "--transfer-from", "/nowhere/run"], "is no run, export, weights file"),
         (["--ckpt", "EXPORT", "--transfer-from", "TWO"], "has 2 classes, .* has 10"),
+        (["--ckpt", "EXPORT", "--transfer-from", "VIT"], "takes images of 64 px only, these have 32: give --size 64"),
         (["--ckpt", "EXPORT", "--cifar10c", "/nowhere", "--corruptions", "fog"], "fog.npy is missing"),
         ([], "no classifier"),
     ],
@@ -113,10 +115,14 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
 def test_errors_say_what_to_do_before_any_attack(
     arguments: list[str], message: str, exported: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {"EXPORT": str(exported), "SHARDS": str(shards), "TWO": str(tmp_path)}
+    known = {"EXPORT": str(exported), "SHARDS": str(shards), "TWO": str(tmp_path), "VIT": str(tmp_path)}
     filled = [known.get(argument, argument) for argument in arguments]
     if "TWO" in arguments:
         save_for_hf(timm.create_model("resnet10t", num_classes=2), str(tmp_path), safe_serialization=True)
+    if "VIT" in arguments:
+        small: dict[str, Any] = {"img_size": 64, "patch_size": 32, "depth": 1, "embed_dim": 8, "num_heads": 1}
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, **small)
+        save_for_hf(vit, str(tmp_path), model_args=small, safe_serialization=True)
     monkeypatch.setattr(robustness, "measure", lambda *arguments: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
         robustness.main([*filled, "--data", str(shards)])
