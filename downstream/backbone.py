@@ -51,9 +51,11 @@ def load(
     model: Any = source.model()
     where = own_device(device)
     name = source.label if control is None else f"{source.label} ({control})"
-    if img_size is not None and _has_fixed_size(model) and img_size % model.feature_info[-1]["reduction"]:
+    if img_size is not None and _has_fixed_size(model):
         patch = model.feature_info[-1]["reduction"]
-        model.set_input_size(max(1, round(img_size / patch)) * patch)
+        fitting = max(1, round(img_size / patch)) * patch
+        if tuple(model.patch_embed.img_size) != (fitting, fitting):
+            model.set_input_size(fitting)
     side = img_size or (model.pretrained_cfg["input_size"][-1] if _has_fixed_size(model) else None)
     try:
         encoder = Encoder(model, name=name, side=side, layer=layer, device=where, precision=precision)

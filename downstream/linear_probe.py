@@ -163,7 +163,10 @@ class _Probing:
     def _kinds(self, encoder: Encoder) -> tuple[str, ...]:
         """The kinds asked for, without those that the model does not have."""
         lacking = () if encoder.has_oscillators else ("oscillators",)
-        return tuple(kind for kind in self.config.features if kind not in lacking)
+        kinds = tuple(kind for kind in self.config.features if kind not in lacking)
+        if not kinds:
+            raise UserError(f"features={','.join(self.config.features)}: {encoder.name} has none of these")
+        return kinds
 
     def _linear(self, train: Table, test: Table, kinds: list[str], *, share: float | None) -> dict[str, Any]:
         """Train all heads, choose on held-out training images, train the chosen one on all of them, test it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -82,6 +83,16 @@ def test_an_export_gives_its_features_and_damage_is_noticed(tmp_path: Path) -> N
     save_for_hf(model, str(tmp_path / "export"), model_args={}, safe_serialization=True)
     with pytest.raises(UserError, match="does not give the features recorded"):
         load(str(tmp_path / "export"), device="cpu")
+
+
+@pytest.mark.parametrize(("side", "grid"), [(32, 4), (64, 8), (45, 6), (5, 1)])
+def test_an_exported_transformer_sees_images_of_any_size(side: int, grid: int, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 8, "num_heads": 1}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small)
+    save_for_hf(model, str(tmp_path), model_args=small, safe_serialization=True)
+    for control in (None, "random"):
+        encoder = load(str(tmp_path), img_size=side, control=control)  # type: ignore[arg-type]
+        assert encoder.encode(torch.rand(1, 3, side, side)).map.shape == (1, 8, grid, grid)
 
 
 def test_a_classifier_is_told_from_a_damaged_backbone(tmp_path: Path) -> None:

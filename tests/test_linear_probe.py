@@ -171,6 +171,12 @@ def test_nothing_to_hold_out_is_said_at_once(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("untrained")
+def test_features_that_a_backbone_does_not_have_are_named(shards: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="features=oscillators: resnet10t has none of these"):
+        linear_probe.run(config(shards, ckpt="resnet10t", features=["oscillators"], controls=[]), out_dir=tmp_path)
+
+
 def test_features_that_are_not_finite_are_an_error(shards: tuple[Path, Path], tmp_path: Path) -> None:
     options = {"resize": 32, "size": 32, "batch_size": 4, "description": {}}
     broken = {"avg": torch.tensor([[1.0], [2.0], [torch.nan], [0.0]])}
