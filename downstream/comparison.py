@@ -104,7 +104,10 @@ def _scores(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
             means = {"FG-ARI": one["scores"]["fg_ari"]["mean"], "MBO": one["scores"]["mbo_i"]["mean"]}
             yield one["name"], {column: mean for column, mean in means.items() if mean is not None}
         elif result["task"] == "linear_probe":
-            shots = {f"linear, {share} of labels": probe["top1"] for share, probe in one.get("low_shot", {}).items()}
+            shots = {
+                f"linear, {100 * float(share):g} % of labels": probe["top1"]
+                for share, probe in one.get("low_shot", {}).items()
+            }
             nearest = {"20-NN": one["knn"]["20"]["top1"]} if "20" in one["knn"] else {}
             yield one["name"], {"linear": one["linear"]["top1"], **shots, **nearest}
 
