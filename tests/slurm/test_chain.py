@@ -103,7 +103,7 @@ def test_what_the_commands_say(desk: Desk, undisturbed: None) -> None:
     said = desk.launch("status", "undisturbed").stdout
     assert "finished" in said
     assert "step 60/60" in said
-    assert "step 60/60" in desk.launch("logs", "undisturbed", "--rank", "0").stdout
+    assert "step 60/60" in desk.launch("logs", "undisturbed", "--job", "pretrain", "--rank", "0").stdout
     assert "undisturbed" in desk.launch("list").stdout
     refused = desk.launch("tiny.yaml", "name=huge", "cluster.nodes=9", "batch_size=18", check=False)
     assert refused.returncode == 2
