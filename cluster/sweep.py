@@ -121,8 +121,10 @@ def launch(config_name: str, overrides: Sequence[str], sweeps: Sequence[str], *,
     if not on_slurm:
         return _one_after_the_other(chosen)
     begun = [config for config in chosen if (Path(config.run_dir) / "jobs").exists()]
-    codes = [launching.launch(config, dry_run=False, detach=True) for config in begun]
     new = [config for config in chosen if config not in begun]
+    for config in new:
+        launching.fetch_weights(config)
+    codes = [launching.launch(config, dry_run=False, detach=True) for config in begun]
     while new:  # tasks of an array share their resources
         alike = [config for config in new if config.cluster == new[0].cluster]
         _launch_array(alike, resolve(new[0].cluster))
@@ -163,8 +165,6 @@ def _one_after_the_other(configs: Sequence[PretrainConfig]) -> int:
 
 def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> None:
     """Submit new trainings as one array, and the evaluations of each behind its task."""
-    for config in configs:
-        launching.fetch_weights(config)
     homes = [Path(config.run_dir) for config in configs]
     code, commit = snapshot.take(homes[0]), snapshot.commit()
     trainings = [_prepare(config, home) for config, home in zip(configs, homes)]

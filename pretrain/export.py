@@ -82,13 +82,13 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig) -> None:
     if hasattr(backbone, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        seen = {} if config.views is None else {"input_size": (3, config.views.size, config.views.size)}
+        size = config.views.size if config.views is not None else backbone.pretrained_cfg["input_size"][-1]
         with quiet():
             save_for_hf(
-                backbone, str(folder), model_args=dict(config.model.args), safe_serialization=True, data_config=seen
-            )
+                backbone, str(folder), model_args=dict(config.model.args), safe_serialization=True,
+                data_config={"input_size": (3, size, size)},
+            )  # fmt: skip
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors: for nobody else
-        size = config.views.size if config.views is not None else backbone.pretrained_cfg["input_size"][-1]
         taken = fingerprint.take(backbone, [1, 3, size, size])
         (folder / fingerprint.FILE).write_text(json.dumps(taken))
     else:  # not a model of images: timm has no layout for it
