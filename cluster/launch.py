@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 import argparse
 from collections.abc import Callable, Sequence
 
-from cluster import control, launching, status
+from cluster import control, foreign, launching, status
 from cluster.locate import command_on, shown
 from configs import UserError, load
 from configs.errors import run
@@ -55,7 +55,7 @@ def _launch(argv: Sequence[str]) -> int:
         return sweep.launch(
             arguments.config, arguments.overrides, arguments.sweep, dry_run=arguments.dry_run, detach=arguments.detach
         )
-    config = load(arguments.config, arguments.overrides)
+    config = load(arguments.config, arguments.overrides, foreign=foreign.check)
     return launching.launch(config, dry_run=arguments.dry_run, detach=arguments.detach)
 
 

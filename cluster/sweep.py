@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cluster import chain, executor, launching, snapshot
+from cluster import chain, executor, foreign, launching, snapshot
 from cluster.chain import PRETRAIN
 from cluster.job import Job
 from cluster.locate import located, shown
@@ -89,7 +89,8 @@ def configurations(config_name: str, overrides: Sequence[str], sweeps: Sequence[
         raise UserError(f"--sweep is for training runs; {config_name} is a {base.job}")
     runs = []
     for chosen in combinations(sweeps):
-        load(config_name, [*overrides, *chosen])  # says what is wrong with a value before it becomes a name
+        # Says what is wrong with a value before it becomes a name.
+        load(config_name, [*overrides, *chosen], foreign=foreign.check)
         config = load(config_name, [*overrides, *chosen, f"name={name_of(base.name, chosen)}"])
         assert isinstance(config, PretrainConfig)
         runs.append(config)

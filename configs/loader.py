@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ JOBS: dict[str, type[AnyJob]] = {
 }
 
 KeyPath = tuple[str | int, ...]
+ModelCheck = Callable[[str, dict[str, Any]], None]  # of a name and arguments; raises ValueError
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -186,12 +187,13 @@ def _enter(target: Any, part: str | int, where: str, **assign: Any) -> Any:
     return target[part]
 
 
-def load(name: str | Path, overrides: Sequence[str] = ()) -> AnyJob:
+def load(name: str | Path, overrides: Sequence[str] = (), *, foreign: ModelCheck | None = None) -> AnyJob:
     """Load and check a configuration.
 
     Args:
         name: a path, or the bare name of a file in configs/.
         overrides: `key=value` strings; keys are dotted paths, values are YAML.
+        foreign: is asked about a model that is not of this project; None: any name will do.
 
     Raises:
         UserError: names file and line (or override), key, value, and the nearest valid key.
@@ -199,21 +201,21 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> AnyJob:
     document = read(find(name))
     for override in overrides:
         _override(document, override)
-    return validate(document)
+    return validate(document, foreign)
 
 
-def validate(document: _Document) -> AnyJob:
+def validate(document: _Document, foreign: ModelCheck | None = None) -> AnyJob:
     """Check plain data against the schema of its `job` (pretrain where it has none)."""
     job = document.data.get("job", "pretrain")
     if str(job) not in JOBS:
         raise UserError(f"{document.place(('job',))}: job: {job!r} is no job" + nearest(str(job), list(JOBS)))
-    return check(JOBS[str(job)], document)
+    return check(JOBS[str(job)], document, foreign)
 
 
-def check(schema: type[Any], document: _Document) -> Any:
+def check(schema: type[Any], document: _Document, foreign: ModelCheck | None = None) -> Any:
     """Validate `document` against `schema`, turning pydantic's errors into one `UserError` of a line per error."""
     try:
-        return schema.model_validate_json(json.dumps(document.data))
+        return schema.model_validate_json(json.dumps(document.data), context=foreign)
     except ValidationError as error:
         lines = [_explain(schema, document, item) for item in error.errors()]
         shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])

@@ -2,12 +2,12 @@
 
 Owns: the names this project registers with timm, and the arguments they take. Both are held equal to the code of the
 models by a test, so that a typing error in a YAML fails at the prompt and not in a queue. Any other name is taken for
-one of timm's own models and checked inside the job.
+one of timm's own models; of it a launch asks timm (cluster/foreign.py), through the context of the validation.
 """
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from configs.section import Section
 
@@ -54,6 +54,10 @@ OWN_ARGUMENTS: dict[str, tuple[str, ...]] = {
         "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads",
         "mlp_ratio", "num_steps", "positions", "norm_layer", "drop_rate", "rescale_input",
     ),
+    "sudoku": (
+        "embed_dim", "depth", "num_heads", "num_steps", "n", "gamma", "learn_gamma", "omega", "omega_init",
+        "self_drift", "mlp_ratio", "norm_layer", "start_seed",
+    ),
 }  # fmt: skip
 
 Argument = bool | int | float | str | None | list[int] | list[str] | list[float]
@@ -68,7 +72,7 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _check_name(self) -> Model:
+    def _check_name(self, info: ValidationInfo) -> Model:
         own = self.name.split(".")[0]
         if own.startswith(("akorn", "itrsa")) and own not in OWN_MODELS:
             raise ValueError(f"no model named {self.name!r}" + nearest(own, OWN_MODELS))
@@ -78,6 +82,8 @@ class Model(Section):
         for key in self.args if known else ():
             if known and key not in known:
                 raise ValueError(f"{self.name} takes no argument {key!r}" + nearest(key, known))
+        if known is None and info.context is not None:
+            info.context(self.name, self.args)
         return self
 
 
