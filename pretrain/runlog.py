@@ -75,6 +75,15 @@ def read_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
                 yield line, row
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one object, in one write, behind a fragment that a full disk may have left; readers pass over that."""
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(row).encode() + b"\n")
+
+
 class Events:
     """`events.jsonl`: one object per event, with its time; safe to use from threads. Silent where `path` is None."""
 
@@ -89,8 +98,7 @@ class Events:
         row = {"event": event, "time": round(time.time(), 3), **fields}
         with self._lock:
             try:
-                with open(self._path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(self._path, row)
             except OSError as error:  # a full disk must not end the training
                 self.say(f"events.jsonl cannot be written: {error.strerror}")
             if event in LOUD:

@@ -6,13 +6,13 @@ figures that are equal on all of them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from pretrain.distributed import gather_int64
 from pretrain.monitor import Reading, Record
+from pretrain.runlog import append_row
 
 if TYPE_CHECKING:
     from pretrain.session import Session
@@ -60,8 +60,8 @@ def _write_samples(session: Session, record: Record) -> None:
     samples = gather_int64(record.samples, session.ranks)
     if session.ranks.first:
         keys = [str(key) for key in session.keys(samples)]
-        with open(session.run_dir / "bad_batches.jsonl", "a") as file:
-            file.write(json.dumps({"step": record.step, "samples": samples.tolist(), "keys": keys}) + "\n")
+        row = {"step": record.step, "samples": samples.tolist(), "keys": keys}
+        append_row(session.run_dir / "bad_batches.jsonl", row)
     session.events("bad_step", step=record.step, reason="gradient not finite: not applied", keys="bad_batches.jsonl")
 
 

@@ -98,12 +98,17 @@ def test_a_shard_cut_between_two_lives_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_ledger_lists_a_sample_once_over_restarts(damaged: Path, tmp_path: Path) -> None:
+    ledger = tmp_path / "skipped.jsonl"
+    ledger.write_text('{"sample": 12')  # cut short by a full disk
     for _ in range(2):
-        loader = make_loader(damaged, max_broken=0.5, ledger=tmp_path / "skipped.jsonl")
+        loader = make_loader(damaged, max_broken=0.5, ledger=ledger)
         for step in range(STEPS):
             loader[step]
         assert len(loader.ledger.broken) == 3
-    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 3
+    cut, *entries = ledger.read_text().splitlines()
+    assert cut == '{"sample": 12'
+    assert {json.loads(entry)["sample"] for entry in entries} == set(loader.ledger.broken)
+    assert len(entries) == 3
 
 
 def test_a_set_of_nothing_but_broken_samples_is_refused(tmp_path: Path) -> None:

@@ -119,6 +119,10 @@ def test_events_are_recorded_and_loud_ones_said(tmp_path: Path) -> None:
     rows = [json.loads(text) for text in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows] == ["saved", "damaged"]
     assert said == ["damaged: path x, reason y"]
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "sav')  # the disk was full
+    events("saved", step=4)
+    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["step"] == 4
     Events(tmp_path, say=said.append)("damaged")  # a folder is in the way, as on a full disk: said, not raised
     assert "cannot be written" in said[1]
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from pretrain.runlog import append_row
 
 # A share of broken samples is judged from this many samples on, or from the whole set where it is smaller.
 LEAST_SEEN = 1000
@@ -75,8 +76,7 @@ class Ledger:
             if entry.sample in self._written:
                 continue
             self._written.add(entry.sample)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(json.dumps(asdict(entry)).encode() + b"\n")
+            append_row(self.path, asdict(entry))
 
     def _read_others(self) -> None:
         """Learn what is in the file already: from before a restart, and from other ranks."""
