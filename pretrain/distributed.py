@@ -118,6 +118,19 @@ def broadcast_json(value: Any, ranks: Ranks) -> Any:
     return json.loads(buffer.numpy().tobytes().decode())
 
 
+def once(work: Callable[[], None], ranks: Ranks) -> None:
+    """Do something on rank 0 for all; a `UserError` that comes of it is raised on every rank (collective)."""
+    refusal = None
+    if ranks.first:
+        try:
+            work()
+        except UserError as error:
+            refusal = str(error)
+    refusal = broadcast_json(refusal, ranks)
+    if refusal is not None:
+        raise UserError(refusal)
+
+
 def gather_int64(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Return the int64 vectors of all ranks one after the other, on the CPU (collective). Sizes are equal."""
     values = values.cpu().contiguous()

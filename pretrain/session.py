@@ -10,6 +10,7 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pretrain import kernels, resume
 from pretrain.checkpoint import Snapshot, write_synced
 from pretrain.data.loader import Loader
 from pretrain.display import Display
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, once
 from pretrain.ema import Ema
 from pretrain.engine import Engine, Moments
 from pretrain.lease import Lease
@@ -207,6 +208,7 @@ def _make_loader(config: PretrainConfig, task: Task, run_dir: Path, ranks: Ranks
         world_size=ranks.world_size,
         device=ranks.device,
         ledger=run_dir / "skipped.jsonl",
+        once=partial(once, ranks=ranks),
     )
 
 

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pretrain.data.decode import BrokenImageError
 from pretrain.data.fetch import Work
 from pretrain.data.loader import Loader
 from pretrain.data.shards import ShardWriter
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, once
 from tests.standin import WIDTH, Contrast, Regress, VectorLoader
 
 SETTINGS: dict[str, Any] = {
@@ -149,8 +150,8 @@ def replace_seams(*, separable: bool = False) -> None:
         place = {"batch_size": config.batch_size, "rank": ranks.rank, "world_size": ranks.world_size}
         if config.data.shards == "none":
             return FaultyLoader(**place, seed=config.seed)
-        ledger = run_dir / "skipped.jsonl"
-        return FaultyShards(config.data, config.loading, Vectors(), **place, seed=config.seed, ledger=ledger)
+        more: dict[str, Any] = {"ledger": run_dir / "skipped.jsonl", "once": partial(once, ranks=ranks)}
+        return FaultyShards(config.data, config.loading, Vectors(), **place, seed=config.seed, **more)
 
     if os.environ.get("STANDIN_DISK_FULL"):
         pretrain.checkpoint.write_tensors = _full_disk

@@ -100,6 +100,17 @@ def test_missing_added_and_changed_shards_are_named(tmp_path: Path) -> None:
         ShardIndex.open(tmp_path)
 
 
+def test_finding_a_set_looks_at_folders_and_not_at_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path, [2, 2])
+    looked: list[str] = []
+    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(str(path)))
+    assert len(Location.find(f"{tmp_path}/{{000..001}}.tar")) == 2
+    assert not looked
+    with pytest.raises(UserError, match=r"no shards at .*/002\.tar"):
+        Location.find(f"{tmp_path}/{{000..003}}.tar")
+    assert looked == [f"{tmp_path}/002.tar"]
+
+
 def test_nothing_there_is_a_user_error(tmp_path: Path) -> None:
     for where in (tmp_path, tmp_path / "no", f"{tmp_path}/{{0..3}}.tar", [f"{tmp_path}/x.tar"]):
         with pytest.raises(UserError, match=r"no \*.tar in|no shards at"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ from test_tar import archive
 
 from configs.errors import UserError
 from pretrain.data import fetch
+from pretrain.data.location import Location
 from pretrain.data.order import Order
+from pretrain.distributed import join, leave, once
+from tests.standin import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,36 @@ def test_a_shard_cut_between_two_lives_of_a_run(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"1 shards changed since they were indexed \(set-003\.tar\)"):
         loader = make_loader(shards, max_broken=0.4)
     assert loader.index.shard_of(loader[0].samples.numpy()).tolist().count(3) == 0
+
+
+def _refused(shards: str) -> tuple[str, int]:
+    """What a rank says of a set that changed, and how many shards it has looked at."""
+    ranks, looked = join(), 0
+    local_sizes = Location.local_sizes
+
+    def counted(location: Location) -> Iterator[tuple[int, int]]:
+        nonlocal looked
+        looked += len(location)
+        return local_sizes(location)
+
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "once": partial(once, ranks=ranks)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Location, "local_sizes", counted)
+        with pytest.raises(UserError) as caught:
+            make_loader(Path(shards), max_broken=0.3, **place)
+    leave()
+    return str(caught.value), looked
+
+
+def test_one_rank_looks_at_the_shards_and_all_refuse(tmp_path: Path) -> None:
+    shards = write_set(tmp_path / "set")
+    make_loader(shards)
+    os.truncate(shards / "set-003.tar", 600)
+    (said, looked), (said_too, looked_too) = run_ranks(2, _refused, tmp_path / "out", str(shards))
+    assert "set-003.tar has 600 bytes" in said
+    assert said_too == said
+    assert looked > 0
+    assert looked_too == 0
 
 
 def test_a_ledger_lists_a_sample_once_over_restarts(damaged: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ class Loader:
         rank, world_size: which part is ours.
         device: where batches go.
         ledger: skipped.jsonl of the run; None: broken samples are only counted.
+        once: calls what one of the ranks does for all: to look at every shard is a million calls of the file system on
+            a thousand ranks. What it raises, it raises on all of them (distributed.once).
 
     Attributes:
         wait_s: seconds that the last `loader[step]` kept its caller waiting.
@@ -73,6 +76,7 @@ class Loader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         ledger: Path | None = None,
+        once: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
         if batch_size % world_size:
             raise UserError(f"batch_size={batch_size} is not a multiple of the {world_size} processes")
@@ -88,7 +92,7 @@ class Loader:
             check=False,
         )
         _check_parts(self.index, transform)
-        _check_sizes(self.index, data.max_broken)
+        once(lambda: _check_sizes(self.index, data.max_broken))
         for message in self.index.warnings() if rank == 0 else ():
             warnings.warn(message, stacklevel=2)
         self.order = Order(

@@ -47,7 +47,7 @@ class Location:
             if folder.is_dir():
                 return cls._of_folder(folder)
         urls = [url for item in items for url in _expand(item)]
-        missing = next((url for url in urls if not is_remote(url) and not os.path.isfile(url)), None)
+        missing = _missing(urls)
         if missing is not None:
             raise UserError(f"no shards at {missing}; make them with pretrain/make_shards.py, or correct the path")
         base = urls[0][: urls[0].rfind("/") + 1]
@@ -87,6 +87,15 @@ class Location:
                     yield shard, os.stat(self.base + name).st_size
                 except OSError:
                     yield shard, -1
+
+
+def _missing(urls: Sequence[str]) -> str | None:
+    """The first local shard that is not there. Folders are listed, not shards looked at: each rank does this."""
+    local = [(*os.path.split(url), url) for url in urls if not is_remote(url)]
+    folders = {folder for folder, _, _ in local if os.access(folder, os.R_OK)}
+    listed = {folder: set(os.listdir(folder)) for folder in folders}
+    absent = (url for folder, name, url in local if name not in listed.get(folder, ()))
+    return next((url for url in absent if not os.path.isfile(url)), None)
 
 
 def _expand(item: str) -> list[str]:
