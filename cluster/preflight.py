@@ -27,6 +27,17 @@ from configs import AnyJob, PretrainConfig, UserError
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 # What a job of any kind imports.
 _NEEDED = ("torch", "timm", "deepspeed", "webdataset", "faiss-gpu", "submitit", "safetensors")
+# Sources by a word of the path. Of archives every split is written, each to a folder of its own in OUTPUT.
+_ARCHIVES = {"imagenet": "IMAGENET_FOLDER", "cifar10": "CIFAR10_ARCHIVE", "voc": "VOC_TAR", "coco": "COCO_FOLDER"}
+# What generates them, and how many to train and to test on.
+_GENERATED = {
+    "tetrominoes-one-colour": ("tetrominoes-one-colour", 20_000, 320),
+    "tetrominoes-white": ("tetrominoes-white", 20_000, 320),
+    "tetrominoes": ("tetrominoes", 20_000, 320),
+    "dsprites": ("multi-dsprites", 20_000, 320),
+    "shapes": ("shapes", 20_000, 320),
+    "sudoku": ("sudoku", 100_000, 1_000),
+}
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _REMOTE = re.compile(r"^(?!file:)[a-zA-Z][a-zA-Z0-9+.-]*:")
 
@@ -111,19 +122,16 @@ def shards_check(key: str, shards: str | Sequence[str]) -> Check:
 
 def make_command(path: str) -> str:
     """The command that makes a shard set, guessed from where it is looked for."""
-    split = next((part for part in reversed(Path(path).parts) if part in ("train", "val", "test")), "")
-    lowered = path.lower()
-    program = "python pretrain/make_shards.py"
-    parent = path[: -len(split)].rstrip("/") if split and path.endswith(split) else path
-    if "imagenet" in lowered:
-        return f"{program} imagenet IMAGENET_FOLDER {path}" + (f" --split {split}" if split else "")
-    if "cifar10" in lowered:
-        return f"{program} cifar10 CIFAR10_ARCHIVE {parent}"
-    for scene in ("tetrominoes", "dsprites", "shapes"):
-        if scene in lowered:
-            return f"{program} {scene} {path} --count {20000 if split in ('train', '') else 320}"
-    if "sudoku" in lowered:
-        return f"{program} sudoku {path}"
+    program, place = "python pretrain/make_shards.py", Path(path)
+    words = "/".join(place.parts[-2:]).lower()
+    for kind, given in _ARCHIVES.items():
+        if kind in words:
+            out = place.parent if place.name in ("train", "val", "test") else place
+            return f"{program} {kind} {given} {out}"
+    for word, (kind, learned, tested) in _GENERATED.items():
+        if word in words:
+            amount = f"{tested} --seed 1" if place.name in ("val", "test") else learned
+            return f"{program} {kind} {path} --count {amount}"
     return f"{program} folder IMAGE_FOLDER {path}"
 
 

@@ -14,6 +14,7 @@ from cluster.preflight import Check, make_command, shards_check
 from cluster.resources import Resources
 from configs import PretrainConfig, UserError
 from configs.cluster import Cluster
+from pretrain.make_shards import KINDS
 
 
 def config(**changes: object) -> PretrainConfig:
@@ -49,14 +50,20 @@ def test_a_folder_one_too_high_is_pointed_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "command"),
     [
-        ("data/imagenet/val", "imagenet IMAGENET_FOLDER data/imagenet/val --split val"),
+        ("data/imagenet/val", "imagenet IMAGENET_FOLDER data/imagenet"),
+        ("/shards/imagenet", "imagenet IMAGENET_FOLDER /shards/imagenet"),
         ("data/cifar10/train", "cifar10 CIFAR10_ARCHIVE data/cifar10"),
-        ("data/tetrominoes/test", "tetrominoes data/tetrominoes/test --count 320"),
+        ("data/tetrominoes/train", "tetrominoes data/tetrominoes/train --count 20000"),
+        ("data/tetrominoes/test", "tetrominoes data/tetrominoes/test --count 320 --seed 1"),
+        ("data/dsprites/test", "multi-dsprites data/dsprites/test --count 320 --seed 1"),
+        ("data/sudoku/test", "sudoku data/sudoku/test --count 1000 --seed 1"),
         ("photos", "folder IMAGE_FOLDER photos"),
     ],
 )
 def test_the_command_that_makes_a_set(path: str, command: str) -> None:
     assert make_command(path) == f"python pretrain/make_shards.py {command}"
+    kind, *paths = command.partition(" --")[0].split()
+    assert len(paths) == 1 + KINDS[kind].has_input
 
 
 def test_the_first_missing_set_is_told_in_full_and_the_others_by_name() -> None:
