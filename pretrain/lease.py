@@ -2,7 +2,8 @@
 
 Owns: `owner.json` in the run's folder: generation, host, process, start. A life with a higher generation replaces it
 by rename. The owner touches the file every few seconds, which a stale owner does harmlessly to its successor's file.
-Every rank watches the file in a thread, so that a rank stuck in a collective with dead peers ends as well.
+Every rank watches the file in a thread, so that a rank stuck in a collective with dead peers ends as well; one of each
+node often, the others rarely: a thousand would ask the file system five hundred times a second.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from configs.errors import UserError
 
 BEAT_S = 2.0  # seconds between looks at the file
+RARE_S = 30.0  # between those of a rank that is not the first on its node: it writes nothing that matters
 STALE_S = 30.0  # without a touch for this long, the owner counts as dead
 GRACE_S = 30.0  # a fenced process that reaches no step boundary within this time is ended where it stands
 EXIT_FENCED = 0  # of a process ended so: nothing failed, and nothing is to be restarted
@@ -77,6 +79,7 @@ class Lease:
         self.generation = generation
         self._file = run_dir / "owner.json"
         self._owns = False
+        self._often = True
         self._lost = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
@@ -93,8 +96,9 @@ class Lease:
         self._owns = True
         self.check()
 
-    def watch(self) -> None:
-        """Start looking after the file, on every rank."""
+    def watch(self, *, often: bool = True) -> None:
+        """Start looking after the file, on every rank; `often` on the owner at least."""
+        self._often = often
         self._thread.start()
 
     def check(self) -> None:
@@ -127,7 +131,7 @@ class Lease:
         partial.rename(self._file)
 
     def _watch(self) -> None:
-        while not self._closed.wait(BEAT_S):
+        while not self._closed.wait(BEAT_S if self._often else RARE_S):
             try:
                 self.check()
                 if self._owns:

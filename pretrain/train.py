@@ -53,7 +53,7 @@ def run(config: PretrainConfig, *, observers: Sequence[Observer] = (), run_dir: 
         if ranks.first:
             lease.take()
         distributed.barrier(ranks)
-        lease.watch()
+        lease.watch(often=ranks.local_rank == 0)
         stop = stack.enter_context(Stop(ranks))
         try:
             return _live(config, observers, run_dir, ranks, lease, stop)

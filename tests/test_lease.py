@@ -83,10 +83,37 @@ def test_silent_owner_on_another_host_counts_as_dead(tmp_path: Path) -> None:
     assert living_owner(tmp_path) is None
 
 
-def test_stuck_process_is_ended(tmp_path: Path) -> None:
+def test_one_rank_of_a_node_looks_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RARE_S", 60.0)
+    first, second = Lease(tmp_path, 1), Lease(tmp_path, 1)
+    first.take()
+    looks = dict.fromkeys((first, second), 0)
+    check = Lease.check
+
+    def counted(self: Lease) -> None:
+        looks[self] += 1
+        check(self)
+
+    monkeypatch.setattr(Lease, "check", counted)
+    first.watch()
+    second.watch(often=False)
+    deadline = time.monotonic() + 5
+    while looks[first] < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert looks[second] == 0
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("often", [True, False])
+def test_stuck_process_is_ended(tmp_path: Path, often: bool) -> None:
+    beat, unused = ("BEAT_S", "RARE_S") if often else ("RARE_S", "BEAT_S")
     code = (
-        "import sys, time; from pathlib import Path; from pretrain import lease; lease.BEAT_S = lease.GRACE_S = 0.05\n"
-        "own = lease.Lease(Path(sys.argv[1]), 1); own.take(); own.watch(); print('ready', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from pretrain import lease\n"
+        f"lease.{beat} = lease.GRACE_S = 0.05; lease.{unused} = 600\n"
+        f"own = lease.Lease(Path(sys.argv[1]), 1); own.take(); own.watch(often={often}); print('ready', flush=True)\n"
+        "time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
