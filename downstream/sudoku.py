@@ -1,8 +1,9 @@
-"""Solve Sudokus with more steps and many random starts, and score the votes among them.
+r"""Solve Sudokus with more steps and many random starts, and score the votes among them.
 
 python downstream/sudoku.py --ckpt runs/sudoku --data data/sudoku/test --T 16 128 --starts 100 --vote energy c-vote
 python downstream/sudoku.py --ckpt runs/sudoku --data hard.csv --T 128 --starts 1000 --finish
-python downstream/sudoku.py --ckpt runs/sudoku --puzzle 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6...
+python downstream/sudoku.py --ckpt runs/sudoku \
+    --puzzle 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
 """
 
 from __future__ import annotations
