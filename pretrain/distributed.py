@@ -12,7 +12,7 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 
 TIMEOUT_S = 1800.0  # a peer may compile or wait for a shard for this long; the watchdog is the finer net
+MOST_RANKS = 1 << 20
 BARRIER_S = 7 * 86_400.0  # longer than anything that one rank does for all; a dead peer is noticed at once
 MOST_FILES = 1 << 16
 
@@ -147,6 +148,22 @@ def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     if ranks.world_size > 1:
         dist.all_reduce(values, group=ranks.messages)
     return values / ranks.world_size
+
+
+def largest_over_ranks(seconds: Sequence[float], ranks: Ranks) -> Callable[[], list[tuple[float, int]]]:
+    """Begin to find the largest over the ranks of each of some times >= 0, and whose it is (collective); the function
+    that is returned waits for the answer. Time, in microseconds, and rank travel as one number."""
+    packed = torch.tensor([round(each * 1e6) * MOST_RANKS + ranks.rank for each in seconds])
+    work = None
+    if ranks.world_size > 1:
+        work = dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=ranks.messages, async_op=True)
+
+    def found() -> list[tuple[float, int]]:
+        if work is not None:
+            work.wait()
+        return [(number // MOST_RANKS / 1e6, number % MOST_RANKS) for number in packed.tolist()]
+
+    return found
 
 
 def barrier(ranks: Ranks, *, alive: Callable[[], None] = lambda: None) -> None:

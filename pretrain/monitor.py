@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Monitor as MonitorConfig
-from pretrain.distributed import Ranks, mean_over_ranks
+from pretrain.distributed import Ranks, largest_over_ranks, mean_over_ranks
 from pretrain.runlog import MetricsFile
 from pretrain.schedule import due
 
@@ -37,7 +37,7 @@ class Record:
     lr: float
     samples: Tensor  # [b] int64 of this rank
     tensors: dict[str, Tensor]
-    host: dict[str, float]
+    wait_s: float  # for data, of this rank
     norms: dict[str, Tensor] | None = None
 
 
@@ -50,6 +50,8 @@ class Reading:
     sick: bool = False  # the newest step was one of them
     spikes: list[tuple[Record, dict[str, float]]] = field(default_factory=list)
     last: dict[str, Any] | None = None
+    wait_s: float = 0.0  # usual wait for data of the rank that waited longest
+    waiting: int = 0  # the rank that most often was that one
 
 
 class Sink(Protocol):
@@ -89,7 +91,7 @@ class Monitor:
     ) -> None:
         """Take note of a complete step; reads nothing from the device."""
         tensors = tensors | {"grad_norm": result.grad_norm, "skipped": result.skipped}
-        self._pending.append(Record(step, lr, batch.samples, tensors, {"data_wait_s": wait_s}, result.norms))
+        self._pending.append(Record(step, lr, batch.samples, tensors, wait_s, result.norms))
 
     def observed(self, rows: list[dict[str, Any]]) -> None:
         """Write figures of evaluations, each with the step that it belongs to, which may lie back."""
@@ -109,6 +111,8 @@ class Monitor:
             return Reading()
         rows = self._rows()
         reading = Reading(last=rows[-1])
+        reading.wait_s = statistics.median(row["data_wait_s"] for row in rows)
+        reading.waiting = statistics.mode(row["data_wait_rank"] for row in rows)
         for record, row in zip(self._pending, rows):
             self._judge(record, row, reading)
         reading.sick = self._bad_in_row > 0
@@ -138,14 +142,16 @@ class Monitor:
                 file.close()
 
     def _rows(self) -> list[dict[str, Any]]:
+        waits = largest_over_ranks([record.wait_s for record in self._pending], self._ranks)  # beside the sync
         values = [t.detach().float().reshape(()) for record in self._pending for t in record.tensors.values()]
         flat = mean_over_ranks(torch.stack(values).cpu(), self._ranks).tolist()  # the one sync of log_every steps
         now = time.perf_counter()
         step_s, self._clock = (now - self._clock) / len(self._pending), now
         rows, numbers = [], iter(flat)
-        for record in self._pending:
+        for record, (wait_s, rank) in zip(self._pending, waits()):
             row: dict[str, Any] = {"step": record.step, **{name: next(numbers) for name in record.tensors}}
-            row |= {"lr": record.lr, "views_per_s": self._views / step_s, "step_s": step_s, **record.host}
+            row |= {"lr": record.lr, "views_per_s": self._views / step_s, "step_s": step_s}
+            row |= {"data_wait_s": wait_s, "data_wait_rank": rank}
             row["skipped"] = bool(row["skipped"])
             # JSON knows no NaN; null says that there is no number.
             rows.append({name: value if _finite(value) else None for name, value in row.items()})

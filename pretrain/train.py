@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from configs.schema import PretrainConfig
 from pretrain import distributed, saver
 from pretrain.distributed import Ranks
 from pretrain.lease import Lease, next_generation
 from pretrain.microbatch import backward
+from pretrain.monitor import Reading
 from pretrain.observing import GRACE_S, Observer
 from pretrain.preemption import Stop
 from pretrain.schedule import due
@@ -134,7 +135,7 @@ def look(session: Session, step: int, stream: int, *, always: bool) -> bool:
     reading = session.monitor.read()
     if reading.last is not None:
         session.display.show(reading.last)
-        advise(session, reading.last)
+        advise(session, reading)
     judge(session, reading, step, stream)
     return reading.sick
 
@@ -150,12 +151,14 @@ def watch(session: Session, step: int) -> None:
         session.monitor.observed(session.observing.rows())
 
 
-def advise(session: Session, row: dict[str, Any]) -> None:
-    """Say once per life when the training waits for data, and what to do about it."""
+def advise(session: Session, reading: Reading) -> None:
+    """Say once per life when the training waits for data, on which rank, and what to do about it."""
+    row = reading.last
+    assert row is not None
     warm = row["step"] > session.start + 3 * session.config.monitor.log_every
-    if warm and not session.is_advised and row["data_wait_s"] > 0.25 * row["step_s"]:
+    if warm and not session.is_advised and reading.wait_s > 0.25 * row["step_s"]:
         session.is_advised = True
-        session.events("waits_for_data", advice=session.loader.advice())
+        session.events("waits_for_data", rank=reading.waiting, advice=session.loader.advice())
 
 
 def save(session: Session, step: int, stream: int) -> None:

@@ -14,11 +14,12 @@ import torch
 from configs.schema import Monitor as MonitorConfig
 from pretrain.data.batch import Batch
 from pretrain.display import figure, line
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, join, leave
 from pretrain.engine import StepResult
 from pretrain.monitor import Monitor, is_spike
 from pretrain.representation import describe, effective_rank, uniformity
 from pretrain.runlog import Events, MetricsFile, read_rows
+from tests.standin import run_ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -49,6 +50,30 @@ def test_rows_appear_when_read_and_not_before(tmp_path: Path) -> None:
     assert [record.step for record in reading.bad] == [2]
     assert reading.sick
     assert monitor.read().last is None
+
+
+def _waiting(run_dir: str) -> tuple[float, int]:
+    ranks = join()
+    file = MetricsFile(Path(run_dir) / "metrics.jsonl", 0) if ranks.first else None
+    monitor = Monitor(MonitorConfig(), ranks, metrics=file, sinks=[], views=8)
+    numbers = torch.arange(2)
+    for step in range(1, 6):
+        batch = Batch({"images": torch.zeros(2)}, numbers, numbers, numbers, 0)
+        result = StepResult(torch.tensor(2.0), torch.tensor(0.0))
+        wait_s = 2.0 + step if ranks.rank == 1 else 0.1 + 9 * (step == 5)  # the usual wait is what counts
+        monitor.observe(step, batch, {"loss": torch.tensor(float(ranks.rank))}, result, lr=0.1, wait_s=wait_s)
+    reading = monitor.read()
+    leave()
+    return reading.wait_s, reading.waiting
+
+
+def test_the_longest_wait_of_any_rank_is_logged(tmp_path: Path) -> None:
+    assert run_ranks(3, _waiting, tmp_path / "out", str(tmp_path)) == [(5.0, 1)] * 3
+    logged = [row for _, row in read_rows(tmp_path / "metrics.jsonl")]
+    assert [row["data_wait_s"] for row in logged] == [3.0, 4.0, 5.0, 6.0, 9.1]
+    assert [row["data_wait_rank"] for row in logged][:4] == [1, 1, 1, 1]
+    assert logged[4]["data_wait_rank"] in (0, 2)
+    assert [row["loss"] for row in logged] == [1.0] * 5  # the mean over the ranks
 
 
 def test_figures_of_evaluations_have_a_file_of_their_own(tmp_path: Path) -> None:
