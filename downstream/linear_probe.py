@@ -12,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from downstream.samples import Samples
 
 TASK = "linear_probe"
+KEYS = "keys.txt"  # keys of the samples in order, beside features that are kept
 CROP_SHARE = 0.875  # of the resized image's side that the centre crop keeps
 
 
@@ -63,6 +65,7 @@ class _Probing:
         self.labels, self.answers = self.train.labels(), self.test.labels()
         for share in (None, *config.low_shot):
             self._split(share)
+        self.made: list[Path] = []  # tables of features that go when all is scored
         self.encoders: dict[str, Encoder] = {}
         controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
         for control in controls:
@@ -95,7 +98,10 @@ class _Probing:
         protocol = self._protocol()
         results.write(self.out, TASK, self.config, protocol, **document)
         if not self.config.keep_features:
-            shutil.rmtree(self._cache(), ignore_errors=True)
+            for folder in self.made:  # never the whole cache, which may be a folder of the user's
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._cache().rmdir()  # where nothing else lies in it
         print_table(document, protocol, self.out)
         return {"protocol": protocol, **document}
 
@@ -120,19 +126,25 @@ class _Probing:
         if tables is None:
             return {}
         train, test = tables
-        kinds = [*train.columns, *(["all"] if len(train.columns) > 1 else [])]
+        columns = train[0].columns
+        kinds = [*columns, *(["all"] if len(columns) > 1 else [])]
         entry: dict[str, Any] = {"name": name, "digest": None if encoder is None else encoder.digest()}
         entry["linear"] = self._linear(train, test, kinds, share=None)
         entry["low_shot"] = {
             str(share): self._linear(train, test, kinds, share=share) for share in self.config.low_shot
         }
-        entry["knn"] = self._neighbours(train, test, "pooled" if "pooled" in train.columns else kinds[0])
+        entry["knn"] = self._neighbours(train[0], test, "pooled" if "pooled" in columns else kinds[0])
         return entry
 
-    def _tables(self, encoder: Encoder | None) -> tuple[Table, Table] | None:
-        train = self._table(encoder, self.train, copy=0)
+    def _tables(self, encoder: Encoder | None) -> tuple[list[Table], Table] | None:
+        """Training features of the centre crops and of each random copy, and test features; None beyond rank 0.
+
+        Collective: every rank extracts its share of all of them.
+        """
+        copies = 0 if encoder is None else self.config.crops
+        train = [self._table(encoder, self.train, copy=copy) for copy in range(copies + 1)]
         test = self._table(encoder, self.test, copy=0)
-        return None if train is None or test is None else (train, test)
+        return None if test is None else ([table for table in train if table is not None], test)
 
     def _table(self, encoder: Encoder | None, samples: Samples, *, copy: int) -> Table | None:
         """Features of a data set; copy 0 sees centre crops, the others random crops and flips."""
@@ -151,13 +163,16 @@ class _Probing:
 
         described = {"weights": digest, "data": samples.fingerprint, "size": self.size, "resize": self.resize}
         key = results.key_of(described, kinds, copy, self.config.seed, self.config.batch_size)
+        folder = self._cache() / key
+        if not (folder / KEYS).exists():  # an earlier evaluation was told to keep the others
+            self.made.append(folder)
         table = features.extract(
-            self._cache() / key, samples, compute, resize=self.resize, size=self.size,
+            folder, samples, compute, resize=self.resize, size=self.size,
             batch_size=self.config.batch_size, description={**described, "copy": copy, "location": samples.location},
         )  # fmt: skip
         if table is not None and self.config.keep_features:
             keys = "\n".join(samples.index.keys(range(len(samples))))
-            (self._cache() / key / "keys.txt").write_text(keys + "\n")
+            (folder / KEYS).write_text(keys + "\n")
         return table
 
     def _kinds(self, encoder: Encoder) -> tuple[str, ...]:
@@ -168,7 +183,7 @@ class _Probing:
             raise UserError(f"features={','.join(self.config.features)}: {encoder.name} has none of these")
         return kinds
 
-    def _linear(self, train: Table, test: Table, kinds: list[str], *, share: float | None) -> dict[str, Any]:
+    def _linear(self, train: list[Table], test: Table, kinds: list[str], *, share: float | None) -> dict[str, Any]:
         """Train all heads, choose on held-out training images, train the chosen one on all of them, test it."""
         from downstream import probe
 
@@ -179,7 +194,7 @@ class _Probing:
         options: dict[str, Any] = {"classes": classes, "epochs": config.epochs, "batch_size": config.head_batch}
         tried = []
         for kind in kinds:
-            rows, labels = train.take(kind, device), self.labels.to(device)
+            rows, labels = train[0].take(kind, device), self.labels.to(device)
             heads = probe.train(rows[learned], labels[learned], rates=config.rates, seed=config.seed, **options)
             accuracy = probe.evaluate(heads, rows[chosen_on], labels[chosen_on]).top1.tolist()
             tried += [{"features": kind, "rate": rate, "held_out": top1} for rate, top1 in zip(config.rates, accuracy)]
@@ -211,19 +226,14 @@ class _Probing:
             raise UserError(f"{part} has one image a class at most: none can be held out to choose the learning rate")
         return available, available[learned], available[chosen_on]
 
-    def _augmented(self, train: Table, kind: str, available: Tensor) -> tuple[Tensor, Tensor]:
-        """Training features of the chosen kind, with those of the randomly cropped copies."""
+    def _augmented(self, train: list[Table], kind: str, available: Tensor) -> tuple[Tensor, Tensor]:
+        """Training features of the chosen kind, with those of the randomly cropped copies (raw pixels have none)."""
         import torch
 
         device = self._device()
-        rows, labels = [train.take(kind, device)[available]], [self.labels[available].to(device)]
-        encoder = next(iter(self.encoders.values()))
-        for copy in range(1, self.config.crops + 1 if kind in (*train.columns, "all") and kind != "pixels" else 1):
-            table = self._table(encoder, self.train, copy=copy)
-            assert table is not None
-            rows.append(table.take(kind, device)[available])
-            labels.append(labels[0])
-        return torch.cat(rows), torch.cat(labels)
+        tables = train[:1] if kind == "pixels" else train
+        rows = [table.take(kind, device)[available] for table in tables]
+        return torch.cat(rows), self.labels[available].repeat(len(tables)).to(device)
 
     def _neighbours(self, train: Table, test: Table, kind: str) -> dict[str, Any]:
         from downstream.neighbours import knn_accuracy

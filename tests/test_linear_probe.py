@@ -86,6 +86,39 @@ def test_a_whole_probe(shards: tuple[Path, Path], tmp_path: Path, capsys: pytest
     assert "48 training and 16 test images" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("untrained")
+def test_a_cache_given_loses_nothing_but_what_was_made_for_this(shards: tuple[Path, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "scratch"
+    cache.mkdir()
+    (cache / "thesis.tex").write_text("years of work")
+    options = {"cache_dir": str(cache), "controls": [], "features": ["avg"]}
+    linear_probe.run(config(shards, **options, keep_features=True), out_dir=tmp_path / "out")
+    kept = sorted(path.name for path in cache.iterdir())
+    assert len(kept) == 3  # training and test features
+    linear_probe.run(config(shards, **options, seed=1), out_dir=tmp_path / "out")
+    linear_probe.run(config(shards, **options), out_dir=tmp_path / "out")
+    assert sorted(path.name for path in cache.iterdir()) == kept
+
+
+@pytest.mark.usefixtures("untrained")
+def test_random_copies_are_those_of_the_features_that_are_probed(
+    shards: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with two processes, which must all extract the copies: rank 0 would wait for them otherwise."""
+    seen: dict[str, set[int]] = {}
+
+    def table(self: Any, encoder: Any, samples: Samples, *, copy: int) -> Any:
+        name = "pixels" if encoder is None else encoder.name
+        seen.setdefault(name, set()).add(copy)
+        return None
+
+    monkeypatch.setattr(linear_probe._Probing, "_table", table)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    linear_probe.run(config(shards, crops=2), out_dir=tmp_path)
+    assert seen == {MODEL: {0, 1, 2}, f"{MODEL} (random)": {0, 1, 2}, "pixels": {0}}
+
+
 def test_features_are_shared_resumed_and_in_order(
     shards: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
