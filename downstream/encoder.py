@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -100,14 +100,14 @@ class Encoder:
         return output.energy[-1][-1].float()
 
     def digest(self) -> str:
-        """Hexadecimal digest of weights, layer, size and steps: what the features of an image depend on."""
+        """Hexadecimal digest of weights, architecture, layer and size: what the features of an image depend on."""
         summary = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             summary.update(key.encode())
             summary.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        steps = [getattr(module, "num_steps", None) for module in self.model.modules()]
-        couplings = [type(module.coupling).__name__ for module in self.model.modules() if hasattr(module, "coupling")]
-        summary.update(f"{self.layer} {self.side} {self.precision} {steps} {couplings}".encode())
+        for module in self.model.modules():  # steps, step size, norms, ...: not all that counts is a tensor
+            summary.update(f"{type(module).__name__} {sorted(_settings(module).items())}".encode())
+        summary.update(f"{self.layer} {self.side} {self.precision} {self._mean.tolist()} {self._std.tolist()}".encode())
         return summary.hexdigest()[:16]
 
     def resize(self, images: Tensor) -> Tensor:
@@ -157,6 +157,15 @@ class Encoder:
             return self.model.forward_head(final, pre_logits=True)
         pool = F.adaptive_max_pool2d if getattr(self.model, "global_pool", "avg") == "max" else F.adaptive_avg_pool2d
         return pool(features, 1).flatten(1)
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    """The plain values that a module holds by name: numbers, words, and dataclasses of these."""
+    return {
+        name: repr(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (isinstance(value, int | float | str) or is_dataclass(value))
+    }
 
 
 def apply_control(encoder: Encoder, control: Control) -> None:

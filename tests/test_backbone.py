@@ -106,6 +106,14 @@ def test_a_classifier_is_told_from_a_damaged_backbone(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("args", [{"gamma": 0.1}, {"projection": False}, {"norm": "none"}, {"self_drift": True}])
+def test_equal_weights_in_another_architecture_are_something_else(args: dict[str, Any]) -> None:
+    """Features are kept by this digest: those of another step size would be taken for one's own."""
+    plain, same, other = (load(MODEL, args=given, control="random", device="cpu") for given in ({}, {}, args))
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters()))
+    assert plain.digest() == same.digest() != other.digest()
+
+
 def test_controls_change_what_they_say() -> None:
     images = torch.rand(1, 3, 32, 32)
     still = load(MODEL, control="random", device="cpu")
