@@ -51,6 +51,7 @@ class _StrictLoader(yaml.SafeLoader):
             if key_node.value in seen:
                 raise UserError(_at(self.name, key_node) + f"the key {key_node.value!r} stands twice; remove one")
             seen.add(key_node.value)
+            key_node.tag = "tag:yaml.org,2002:str"  # keys are text, whatever they look like
         return super().construct_mapping(node, deep)
 
 
@@ -217,15 +218,28 @@ def check(schema: type[Any], document: _Document, foreign: ModelCheck | None = N
     try:
         return schema.model_validate_json(json.dumps(document.data), context=foreign)
     except ValidationError as error:
-        lines = [_explain(schema, document, item) for item in error.errors()]
+        found: dict[KeyPath, list[Any]] = {}
+        for item in error.errors():
+            found.setdefault(_path(document.data, item), []).append(item)
+        lines = [_explain(schema, document, path, items) for path, items in found.items()]
         shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
         raise UserError("\n       ".join(shown)) from None
 
 
-def _explain(schema: type[Section], document: _Document, item: Any) -> str:
-    """One pydantic error as `place: key: what is wrong; remedy`."""
-    path: KeyPath = tuple(part for part in item["loc"] if not _is_tag(part, document.data, item["loc"]))
-    key = ".".join(map(str, path))
+def _path(data: Any, item: Any) -> KeyPath:
+    """The keys on the way to an error, without the tags and types of unions that pydantic puts between them."""
+    path: list[str | int] = []
+    for part in item["loc"]:
+        inside: Any = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
+        if part in inside:
+            data = data[part]
+            path.append(part)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
+
+
+def _explain(schema: type[Section], document: _Document, path: KeyPath, items: list[Any]) -> str:
+    """`place: key: what is wrong; remedy`, of what pydantic says of one value: an item for each type it might have."""
+    item, key = items[0], ".".join(map(str, path))
     where = document.place(path) + (f": {key}: " if key else ": ")
     if item["type"] == "extra_forbidden":
         siblings = _fields_at(schema, item["loc"][:-1])
@@ -238,21 +252,14 @@ def _explain(schema: type[Section], document: _Document, item: Any) -> str:
         return where + "is required and not given"
     if item["type"] == "value_error":
         return where + str(item["ctx"]["error"])
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return where + f"{message}, not {json.dumps(item['input'], default=str)[:80]}"
+    wanted = dict.fromkeys(other["msg"].removeprefix("Input should be ") for other in items[1:])
+    message = " or ".join([item["msg"], *wanted])
+    return where + f"{message[0].lower()}{message[1:]}, not {json.dumps(item['input'], default=str)[:80]}"
 
 
 def _tag_given(item: Any) -> str:
     value = item["input"]
     return str(value.get(item["ctx"]["discriminator"].strip("'"), value.get("name"))) if isinstance(value, dict) else ""
-
-
-def _is_tag(part: str | int, data: Any, loc: tuple[str | int, ...]) -> bool:
-    """Whether `part` of an error's location is a union's tag (which pydantic adds) and no key of the data."""
-    return isinstance(part, str) and part in _TAGS and loc[0] in ("task", "downstream") and loc.index(part) in (1, 2)
-
-
-_TAGS = {"simclr", "classify", "sudoku", *JOBS}
 
 
 def _fields_at(schema: type[Section], loc: tuple[str | int, ...]) -> list[str]:
@@ -280,7 +287,7 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 def _tag_of(section: type[Section]) -> str | None:
     for key in ("job", "name"):
         default = section.model_fields[key].default if key in section.model_fields else None
-        if isinstance(default, str) and default in _TAGS:
+        if isinstance(default, str):
             return default
     return None
 

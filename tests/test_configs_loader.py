@@ -72,6 +72,11 @@ def test_an_override_of_a_list_is_named_for_its_items() -> None:
         ("optimizer.lr=-1", "greater than 0"),
         ("batch_size=1.5", "valid integer, not 1.5"),
         ("batch_size=on", 'not "on"'),
+        ("data.shards=", "data.shards: input should be a valid string or a valid array, not null"),
+        ("model.args.n={a: 1}", "model.args.n: input should be a valid boolean or a valid integer or a valid number"),
+        ("task={name: sudoku, sudoku: 1}", "task.sudoku: unknown key"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1: is required and not given"),
+        ("downstream=[{job: linear_probe, epochs: x}]", "downstream.0.epochs: input should be a valid integer"),
         ("task=classify", 'an object, not "classify"'),
         ("job=[pretrain]", "is no job"),
         ("name={{name}}", "a list or mapping stands where a key is expected"),
@@ -103,6 +108,7 @@ def test_errors_name_place_and_remedy(small: Path, override: str, expected: str)
         ("optimizer: {lr: [}\n", "small.yaml:10: not valid YAML"),
         ("init_from: &a [*a]\n", "small.yaml: is nested too deeply, or holds itself"),
         ("seed: 2020-01-01\n", "small.yaml:10: seed: input should be a valid integer"),
+        ("1: 2\n", "small.yaml:10: 1: unknown key"),
     ],
 )
 def test_errors_name_file_and_line(small: Path, line: str, expected: str) -> None:
