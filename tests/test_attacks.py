@@ -204,6 +204,23 @@ def test_averaging_over_starts_sees_through_a_masked_gradient() -> None:
     assert ((optimum - many) < 0.5 * (optimum - one)).all()
 
 
+def test_autoattack_goes_on_until_every_start_is_fooled() -> None:
+    """Half of the starts misclassify the clean images: called broken and left alone, they would score as half robust."""
+
+    class Shifted(Masked):
+        def forward(self, images: Tensor, start: Tensor | None = None) -> Tensor:
+            score = (images.flatten(1) - 0.5) @ self.w + (0 if start is None else start.flatten(1)[:, 0])
+            return torch.stack([torch.zeros_like(score), score], 1)
+
+    model, clean = Shifted().eval(), torch.full((6, 3, SIDE, SIDE), 0.5)
+    labels = torch.zeros(6, dtype=torch.long)
+    ball = Ball("linf", 6 / float(model.w.abs().sum()))  # moves the score by six deviations of the start
+    victim = Victim(model, **IDENTITY, draws=20, seed=1)
+    outcome = autoattack(victim, clean, labels, ball, budget=Budget(steps=5))
+    assert victim.with_draws(200, seed=2).score(outcome.images, labels, losses.margin).fooled.min() > 0.99
+    assert (outcome.broken_by >= 0).all()
+
+
 def test_fixed_start_is_deterministic_and_draws_are_seeded() -> None:
     model, images = Masked().eval(), torch.rand(3, 3, SIDE, SIDE)
     fixed = Victim(model, **IDENTITY)

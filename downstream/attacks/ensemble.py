@@ -35,7 +35,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Outcome:
-    """images: the adversarial ones [B, 3, H, W]; broken_by [B]: number of the part that broke each, -1: none; names."""
+    """images: the worst ones found [B, 3, H, W]; broken_by [B]: number of the part that broke each, -1: none; names."""
 
     images: Tensor
     broken_by: Tensor
@@ -43,22 +43,24 @@ class Outcome:
 
 
 def autoattack(victim: Victim, clean: Tensor, labels: Tensor, ball: Ball, *, budget: Budget | None = None) -> Outcome:
-    """Attack images [B, 3, H, W] in turn. An image counts as broken where at least half of the draws misclassify it.
+    """Attack images [B, 3, H, W] in turn. An image counts as broken where at least half of the draws misclassify it,
+    and is attacked on until all do: half of them right would otherwise count as robust when it is scored.
 
-    Images that are misclassified without an attack are not attacked: they come back as they are, broken by part 0,
-    "clean". Square has no L2 form here and is left out there.
+    Images that are misclassified without an attack come back as they are, broken by part 0, "clean". Square has no L2
+    form here and is left out there.
     """
-    names, images = ["clean"], clean.clone()
-    broken_by = torch.where(_broken(victim, clean, labels), 0, -1)
+    names, images, fooled = ["clean"], clean.clone(), _fooled(victim, clean, labels)
+    broken_by = torch.where(fooled >= 0.5, 0, -1)
     for name, part in parts(victim, clean, labels, ball, budget or Budget()):
-        rows = (broken_by < 0).nonzero().flatten()
+        rows = (fooled < 1).nonzero().flatten()
         if name not in names:
             names.append(name)
         if len(rows):
             tried = part(rows)
-            worked = _broken(victim, tried, labels[rows])
-            images[rows[worked]] = tried[worked]
-            broken_by[rows[worked]] = names.index(name)
+            found = _fooled(victim, tried, labels[rows])
+            worse = found > fooled[rows]
+            images[rows[worse]], fooled[rows[worse]] = tried[worse], found[worse]
+            broken_by[rows[(broken_by[rows] < 0) & (found >= 0.5)]] = names.index(name)
     return Outcome(images, broken_by, tuple(names))
 
 
@@ -103,6 +105,6 @@ def _likeliest(victim: Victim, clean: Tensor, labels: Tensor) -> Tensor:
     return chances.argsort(1, descending=True)[:, :-1]
 
 
-def _broken(victim: Victim, images: Tensor, labels: Tensor) -> Tensor:
-    """Where at least half of the draws misclassify: [B]."""
-    return victim.score(images, labels, cross_entropy).fooled >= 0.5
+def _fooled(victim: Victim, images: Tensor, labels: Tensor) -> Tensor:
+    """Share of the draws that misclassify: [B]."""
+    return victim.score(images, labels, cross_entropy).fooled
