@@ -205,7 +205,7 @@ def test_averaging_over_starts_sees_through_a_masked_gradient() -> None:
 
 
 def test_autoattack_goes_on_until_every_start_is_fooled() -> None:
-    """Half of the starts misclassify the clean images: called broken and left alone, they would score as half robust."""
+    """Half of the starts misclassify the clean images: left alone as broken, they would score as half robust."""
 
     class Shifted(Masked):
         def forward(self, images: Tensor, start: Tensor | None = None) -> Tensor:
