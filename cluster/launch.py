@@ -42,7 +42,9 @@ def _launch(argv: Sequence[str]) -> int:
         epilog=f"Commands on runs: launch.py {'|'.join(COMMANDS)} (each with --help).",
     )
     parser.add_argument("config", help="a YAML file, or the name of one in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, e.g. optimizer.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="keys to change, e.g. optimizer.lr=1e-3"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
     parser.add_argument("--detach", action="store_true", help="submit and return; the job needs no launcher")
     parser.add_argument(
@@ -106,7 +108,9 @@ def _cancel(argv: Sequence[str]) -> int:
 
 def _resume(argv: Sequence[str]) -> int:
     parser = _run_parser("resume", "Go on with a run where it ended or broke; what has finished is not done again.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that may change, e.g. steps=20000")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="keys that may change, e.g. steps=20000"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
     parser.add_argument("--detach", action="store_true", help="submit and return")
     arguments = parser.parse_intermixed_args(argv)

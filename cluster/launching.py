@@ -17,9 +17,9 @@ from cluster.locate import command_on, located, shown
 from cluster.plan import describe, describe_resources, length_of, plan_of
 from cluster.resources import Resources, resolve
 from cluster.state import WAITING, State, states
-from cluster.submission import Submission, hold, latest, submissions, write_atomically
+from cluster.submission import Submission, hold, latest, newest_step, submissions, write_atomically
 from configs import AnyJob, PretrainConfig, UserError, dump, load
-from configs.changes import Change, changes, check_resume
+from configs.changes import Change, changes, check_length, check_resume
 from configs.errors import INTERRUPTED
 from configs.schema import RUN_NAME
 
@@ -34,13 +34,15 @@ def launch(config: AnyJob, *, dry_run: bool, detach: bool, home: Path | None = N
     """
     config = located(config)
     home = Path(chain.home_of(config) if home is None else home).absolute()
-    preflight.stop_on_missing_data(config)
+    missing = preflight.missing_data(config)
+    if not dry_run:
+        preflight.stop_on_errors(missing)
     changed = check_folder(config, home)
     resources = resolve(config.cluster)
     links = chain.links(config, home, in_sequence=resources.executor == "local")
     wanted, past, now = what_is_missing(links, home)
     each = chain.resources_of(links)
-    found = preflight.checks(config, home, links, each)
+    found = [*missing, *preflight.checks(config, home, links, each)]
     if dry_run:
         print_dry_run(config, home, wanted, each, found)
         preflight.stop_on_errors(found)
@@ -68,7 +70,7 @@ def check_folder(config: AnyJob, home: Path) -> list[Change]:
     """Whether the configuration may go on with what lies in the folder. Returns what has changed.
 
     Raises:
-        UserError: what was saved there is another training's.
+        UserError: what was saved there is another training's, or a longer one's.
     """
     stored = home / "config.yaml"
     if not isinstance(config, PretrainConfig) or not stored.is_file():
@@ -78,7 +80,12 @@ def check_folder(config: AnyJob, home: Path) -> list[Change]:
         raise UserError(f"{shown(home)} holds another kind of job ({old.job}); choose another name=")
     moved = old.model_copy(update={"runs_dir": config.runs_dir, "name": config.name})
     is_begun = any((home / "checkpoints").glob("*step_*")) or (home / "export").exists()
-    return check_resume(moved, config, shown(home)) if is_begun else changes(moved, config)
+    if not is_begun:
+        return changes(moved, config)
+    changed, steps = check_resume(moved, config, shown(home)), length_of(config)
+    if steps is not None:
+        check_length(steps, newest_step(home), shown(home))
+    return changed
 
 
 def what_is_missing(
@@ -291,6 +298,8 @@ def print_dry_run(
     for check in found:
         print(f"{check.level:12}{check.text}")
     names = ", ".join(link.name for link in wanted) or "nothing: all is finished"
+    if any(check.level == "error" for check in found):
+        names = "nothing: see the errors"
     print(f"would submit: {names}  (dry run: nothing was changed)")
 
 

@@ -52,7 +52,7 @@ class Check:
 
 
 def data_checks(config: AnyJob) -> Iterator[Check]:
-    """Everything a job reads is there. Done first: it is the most frequent mistake."""
+    """Everything a job reads is there."""
     if isinstance(config, PretrainConfig):
         yield shards_check("data.shards", config.data.shards)
         for key in ("knn_train", "knn_test", "objects_data"):
@@ -274,7 +274,7 @@ def gpu_checks(here: Resources) -> list[Check]:
 
 
 def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[str, Resources]) -> list[Check]:
-    """All checks of a launch. Data comes first; resources have been resolved before."""
+    """All checks of a launch but those of its data. Resources have been resolved before."""
     found = [*home_checks(config, home), *version_checks()]
     if isinstance(config, PretrainConfig):
         here = resources[chain[0].name]
@@ -287,14 +287,15 @@ def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[st
     return found
 
 
-def stop_on_missing_data(config: AnyJob) -> None:
-    """Raise if something that the job reads is not there: the first with its remedy, the names of others."""
+def missing_data(config: AnyJob) -> list[Check]:
+    """What the job reads and is not there, as one check: the first with its remedy, the names of the others."""
     errors = [check for check in data_checks(config) if check.level == "error"]
-    if errors:
-        names = list(dict.fromkeys(check.name for check in errors[1:]))
-        finding, newline, remedy = errors[0].text.partition("\n")
-        others = f" (missing as well: {', '.join(names)})" if names else ""
-        raise UserError(finding + others + newline + remedy)
+    if not errors:
+        return []
+    names = list(dict.fromkeys(check.name for check in errors[1:]))
+    finding, newline, remedy = errors[0].text.partition("\n")
+    others = f" (missing as well: {', '.join(names)})" if names else ""
+    return [Check(errors[0].name, "error", finding + others + newline + remedy)]
 
 
 def stop_on_errors(found: Sequence[Check]) -> None:

@@ -52,7 +52,7 @@ def _local(cluster: Cluster) -> Resources:
     here = local_gpus()
     gpus = len(here) if cluster.gpus is None else cluster.gpus
     if cluster.nodes > 1:
-        fitting = f"cluster.nodes=1 cluster.processes={max(1, gpus)}"
+        fitting = "cluster.nodes=1" + (f" cluster.gpus={len(here)}" if gpus > len(here) else "")
         raise UserError(f"cluster.nodes={cluster.nodes} needs SLURM, which is not here; on this machine: {fitting}")
     if gpus > len(here):
         raise UserError(f"cluster.gpus={gpus}, but this machine shows {len(here)}; use cluster.gpus={len(here)}")

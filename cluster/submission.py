@@ -73,7 +73,7 @@ class Record:
     executor: Literal["slurm", "local"]
     job_id: str  # SLURM's, e.g. "123" or "123_4" in an array; locally the supervisor's process id
     host: str  # where the launcher ran; locally also where the job runs
-    started_at: float  # start time of the local supervisor in seconds since boot, against reused process ids
+    started_at: float  # start time of the local supervisor in clock ticks since boot, against reused process ids
     submitted: float  # seconds since the epoch
     code: str  # folder of the code snapshot
     nodes: int
@@ -180,9 +180,14 @@ class Submission:
     def progress(self) -> int:
         """What a restart would not have to do again: the newest checkpoint's step, or the files of partial results."""
         if self.link == "pretrain":
-            names = (_CHECKPOINT.fullmatch(path.name) for path in (self.home / "checkpoints").glob("step_*"))
-            return max((int(match.group(1)) for match in names if match), default=0)
+            return newest_step(self.home)
         return sum(1 for path in (self.home / "downstream" / self.link).glob("**/*") if path.is_file())
+
+
+def newest_step(home: Path) -> int:
+    """Complete steps of a run's newest checkpoint; 0 without one."""
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (home / "checkpoints").glob("step_*"))
+    return max((int(match.group(1)) for match in names if match), default=0)
 
 
 def submissions(home: Path) -> list[Submission]:

@@ -19,7 +19,7 @@ from cluster import chain, executor, foreign, launching, snapshot
 from cluster.chain import PRETRAIN
 from cluster.job import Job
 from cluster.locate import located, shown
-from cluster.preflight import checks, stop_on_errors, stop_on_missing_data
+from cluster.preflight import checks, missing_data, stop_on_errors
 from cluster.resources import Resources, resolve
 from cluster.state import State
 from cluster.submission import Submission, new_submission, write_atomically
@@ -140,7 +140,7 @@ def _outlook(config: PretrainConfig, *, on_slurm: bool) -> tuple[bool, str]:
         UserError: something is wrong with it.
     """
     home = Path(config.run_dir)
-    stop_on_missing_data(config)
+    stop_on_errors(missing_data(config))
     launching.check_folder(config, home)
     links = chain.links(config, home, in_sequence=not on_slurm)
     try:

@@ -1,7 +1,7 @@
 """What differs between the configuration of a run and the one it is to go on with, and whether that may be.
 
-Owns: the rule of which keys may change on resume, read off the schema (`Section.may_change_on_resume` and
-`PretrainConfig.changeable`), and the wording of its refusal.
+Owns: the rules of which keys may change on resume, read off the schema (`Section.may_change_on_resume` and
+`PretrainConfig.changeable`), and of how far, and the wording of their refusals.
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ def check_resume(old: PretrainConfig, new: PretrainConfig, where: str) -> list[C
             f"       take them back, or start a new run with name=... (from these weights: init_from={where})"
         )
     return found
+
+
+def check_length(steps: int, done: int, where: str) -> None:
+    """Refuse a run of fewer steps than it has behind it."""
+    if steps < done:
+        raise UserError(
+            f"{where} has trained for {done:,} steps already and is to have {steps:,}; give more, or start a new run "
+            "with name=..."
+        )
 
 
 def _leaves(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -14,7 +14,7 @@ class Cluster(Section):
 
     may_change_on_resume: ClassVar[bool] = True
 
-    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: SLURM if sbatch is there")
+    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: SLURM where its controller answers")
     nodes: PositiveInt = Field(1, description="number of nodes")
     processes: PositiveInt | None = Field(
         None, description="processes per node; default: one per GPU, or one where there is no GPU"

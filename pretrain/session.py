@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.changes import check_length
 from configs.errors import UserError
 from configs.loader import dump
 from configs.schema import PretrainConfig
@@ -112,8 +113,7 @@ def open_session(
     if snapshot is not None:
         resume.check_data(snapshot, loader.index.fingerprint)
     start, steps = 0 if snapshot is None else snapshot.step, config.num_steps(len(loader))
-    if start > steps:
-        raise UserError(f"{run_dir} has trained for {start:,} steps already: {steps:,} lie behind it; give more")
+    check_length(steps, start, str(run_dir))
     ema = _make_ema(engine, config, steps, snapshot)
     session = Session(
         config=config,

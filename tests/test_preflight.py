@@ -69,7 +69,7 @@ def test_the_command_that_makes_a_set(path: str, command: str) -> None:
 def test_the_first_missing_set_is_told_in_full_and_the_others_by_name() -> None:
     chain = [{"job": "linear_probe", "train": "nowhere/train", "data": "nowhere/val"}]
     with pytest.raises(UserError) as caught:
-        preflight.stop_on_missing_data(config(downstream=chain))
+        preflight.stop_on_errors(preflight.missing_data(config(downstream=chain)))
     first, second = str(caught.value).splitlines()
     assert "no shards at nowhere (missing as well: downstream.0.train, downstream.0.data)" in first
     assert "make them: python pretrain/make_shards.py" in second

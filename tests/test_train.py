@@ -121,7 +121,7 @@ def test_finished_run_can_be_extended_and_nothing_else_changed(tmp_path: Path, u
     assert run_standin(tmp_path / "long", {"steps": 22, **constant}) == "finished"
     assert losses(tmp_path / "short") == losses(tmp_path / "long")
     assert bitwise(tmp_path / "short", tmp_path / "long")
-    with pytest.raises(UserError, match="22 steps already: 9 lie behind"):
+    with pytest.raises(UserError, match="22 steps already and is to have 9; give more"):
         run_standin(tmp_path / "short", {"steps": 9, **constant})
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         run_standin(tmp_path / "short", {"steps": 22, **constant, "optimizer": {"lr": 2e-2}})
