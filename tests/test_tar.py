@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import random
 import tarfile
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 
@@ -64,6 +68,18 @@ def test_links_devices_and_names_outside_are_reported_and_passed_over() -> None:
     assert [name for name, _, _ in found] == ["ok.jpg"]
     assert len(notes) == 7
     assert sum("outside" in note for note in notes) == 2
+
+
+@pytest.mark.parametrize(("packer", "compress"), [("gzip", gzip), ("bzip2", bz2), ("xz", lzma)])
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_compressed_tar_is_called_so(packer: str, compress: ModuleType, size: int) -> None:
+    content = archive([("a.jpg", random.Random(0).randbytes(size))])
+    with pytest.raises(TarDamagedError, match=f"compressed by {packer}, .* {packer} -d <"):
+        listed(compress.compress(content))
+
+
+def test_a_name_may_begin_as_a_compressed_file_does() -> None:
+    assert listed(archive([("BZh.jpg", b"1")]))[0] == [("BZh.jpg", 512, 1)]
 
 
 @pytest.mark.parametrize(

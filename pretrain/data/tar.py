@@ -21,6 +21,7 @@ FOLDER = b"5"
 EXTENDED = (b"L", b"K", b"x", b"X", b"g")  # long name, long link, pax (own, Solaris), pax for all that follow
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 NOT_A_FILE = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "named pipe"}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # first bytes
 PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
 
 
@@ -141,14 +142,22 @@ def _header(stream: Stream, report: Callable[[str], None]) -> tuple[bytes, int] 
         return None
     if header == ZERO_BLOCK:
         return None
-    if len(header) < BLOCK:
-        raise TarDamagedError(f"ends inside a header at byte {position}" if header else "empty file")
-    if not is_header(header):
-        raise TarDamagedError(f"no tar header at byte {position} (wrong checksum)")
+    if len(header) < BLOCK or not is_header(header):
+        raise TarDamagedError(_why_none(header, position))
     size = _number(header[124:136])
     if size < 0:
         raise TarDamagedError(f"impossible size at byte {position}")
     return header, size
+
+
+def _why_none(block: bytes, position: int) -> str:
+    """Why what was read in the place of a header is none."""
+    packer = next((packer for magic, packer in COMPRESSED.items() if block.startswith(magic)), None)
+    if packer and position == 0:
+        return f"compressed by {packer}, and samples are read from plain tars: {packer} -d < THIS > PLAIN.tar"
+    if len(block) < BLOCK:
+        return f"ends inside a header at byte {position}" if block else "empty file"
+    return f"no tar header at byte {position} (wrong checksum)"
 
 
 def _extended(stream: Stream, size: int) -> bytes:
