@@ -166,9 +166,11 @@ def test_npz_files_that_want_unpickling_or_hold_no_images_are_refused(tmp_path: 
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     np.savez(tmp_path / "shape.npz", images=np.zeros((3, 4)))
     (tmp_path / "garbage.npz").write_bytes(b"PK\x03\x04garbage")
-    for name in ("evil", "other", "shape", "garbage"):
-        with pytest.raises(UserError, match="cannot be used"):
+    np.save((tmp_path / "array.npz").open("wb"), np.zeros(3))
+    for name in ("evil", "other", "shape", "garbage", "array"):
+        with pytest.raises(UserError, match="cannot be used") as caught:
             npz.open_source("npz", request(tmp_path / f"{name}.npz", tmp_path))
+        assert "pickle.load" not in str(caught.value)  # numpy's advice
 
 
 def test_existing_shards_are_written_anew(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def open_source(name: str, request: Request) -> dict[str, ArraySource]:
 
 def _load(path: Path) -> ArraySource:
     try:
+        if not zipfile.is_zipfile(path):  # numpy would advise to unpickle it
+            raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as archive:
             found = next((archive[name] for name in IMAGES if name in archive), None)
             labels = next((archive[name] for name in LABELS if name in archive), None)
