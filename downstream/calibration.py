@@ -43,11 +43,6 @@ class Reliability:
         gaps = (self.confidence - self.accuracy)[filled]
         return float((gaps * self.counts[filled]).sum() / self.counts.sum())
 
-    @property
-    def mce(self) -> float:
-        """Maximum calibration error: the largest gap of any bin."""
-        return float(np.nanmax(np.abs(self.accuracy - self.confidence)))
-
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = NUM_BINS) -> Reliability:
     """Bin predictions by their confidence, the largest class probability.

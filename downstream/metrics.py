@@ -179,9 +179,3 @@ def score(truth: Tensor, prediction: Tensor, classes: Tensor | None = None) -> d
         semantic = overlap(classes, prediction)
         scores["mbo_c"] = mbo(Overlap(semantic.objects.cpu(), semantic.background.cpu()))
     return scores
-
-
-def mean(values: Tensor) -> tuple[float, int]:
-    """Mean over the images for which a score is defined, and the number of images skipped."""
-    skipped = int(values.isnan().sum())
-    return float(values.nanmean()), skipped

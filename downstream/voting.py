@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from downstream.rollout import Rollouts
 from pretrain.data.sudoku.board import Boards
 
-VOTES = ("energy", "energy-sum", "majority", "c-vote")
-
 
 def vote(rollouts: Rollouts, place: int, name: str, *, starts: int | None = None) -> Boards:
     """The chosen boards [P, 81] at one number of steps, among the first `starts` starts.

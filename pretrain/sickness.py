@@ -46,7 +46,7 @@ def judge(session: Session, reading: Reading, step: int, stream: int) -> None:
     for record in reading.bad:
         _write_samples(session, record)
     for record, figures in reading.spikes:
-        session.events("spike", step=record.step, **figures, **_norms(session, record))
+        session.events("spike", step=record.step, **figures, **_norms(record))
     if reading.bad_in_row < session.config.resilience.max_bad_steps:
         return
     hopeless = reading.bad_in_row >= step - session.start
@@ -65,7 +65,7 @@ def _write_samples(session: Session, record: Record) -> None:
     session.events("bad_step", step=record.step, reason="gradient not finite: not applied", keys="bad_batches.jsonl")
 
 
-def _norms(session: Session, record: Record) -> dict[str, Any]:
+def _norms(record: Record) -> dict[str, Any]:
     """Largest gradient norms by parameter; DeepSpeed has them apart only at ZeRO stage 0 (device sync)."""
     if record.norms is None:
         return {"norms": "by layer only at compute.zero_stage=0"}

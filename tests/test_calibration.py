@@ -22,7 +22,6 @@ def test_ece_by_hand() -> None:
     assert bins.counts.tolist() == [0, 0, 0, 2, 3]
     gap_5, gap_4 = abs(2 / 3 - 2.75 / 3), abs(0.5 - 0.7)
     assert bins.ece == pytest.approx((3 * gap_5 + 2 * gap_4) / 5)
-    assert bins.mce == pytest.approx(max(gap_5, gap_4))
     assert bins.overconfidence == pytest.approx((3 * gap_5 + 2 * gap_4) / 5)
     assert np.isnan(bins.accuracy[0])
 

@@ -100,7 +100,7 @@ def make(
         for done, (pictures, lost) in enumerate(_write_all(source, plan, out, building, workers), 1):
             broken += lost
             if broken > max_broken * plan.num_pictures:
-                raise UserError(_too_many(plan, out, building, broken, max_broken, done))
+                raise UserError(_too_many(plan, building, broken, max_broken, done))
             if progress:
                 progress(pictures, lost)
         _finish(source, plan, out, building)
@@ -197,7 +197,7 @@ def write_shard(source: Source, plan: Plan, out: Path, building: Path, shard: in
     return len(pictures), len(broken)
 
 
-def _too_many(plan: Plan, out: Path, building: Path, broken: int, max_broken: float, shards: int) -> str:
+def _too_many(plan: Plan, building: Path, broken: int, max_broken: float, shards: int) -> str:
     lines = [line for path in sorted(building.glob("*.broken")) for line in path.read_text().splitlines()]
     first = json.loads(lines[0]) if lines else {"key": "?", "reason": "?"}
     return (

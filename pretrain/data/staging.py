@@ -39,8 +39,8 @@ class ShardChangedError(RuntimeError):
 class _TimedReader:
     """Bytes of a gopen stream. A read without a byte for `timeout_s` seconds ends the fetching processes and raises."""
 
-    def __init__(self, stream: Any, url: str, timeout_s: float) -> None:
-        self._stream, self._url, self._timeout_s = stream, url, timeout_s
+    def __init__(self, stream: Any, timeout_s: float) -> None:
+        self._stream, self._timeout_s = stream, timeout_s
         self._process = getattr(stream, "proc", None)
         self._file: BinaryIO = getattr(stream, "stream", stream)
         self._poll = select.poll()
@@ -102,7 +102,7 @@ def open_stream(url: str, *, timeout_s: float = 300.0) -> Iterator[BinaryIO]:
 
     if url.startswith("s3://"):
         url = f"pipe:aws s3 cp --quiet {shlex.quote(url)} -"
-    reader = _TimedReader(gopen(url, "rb"), url, timeout_s)
+    reader = _TimedReader(gopen(url, "rb"), timeout_s)
     try:
         yield cast(BinaryIO, reader)
     finally:
