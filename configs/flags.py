@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from configs.errors import UserError
-from configs.loader import load
+from configs.loader import find, load, read
 from configs.section import Section
 
 Job = TypeVar("Job", bound=Section)
-_HIDDEN = ("job", "cluster")  # chosen by the entry point; used by the launcher
+_HIDDEN = ("job", "cluster", "runs_dir")  # chosen by the entry point; used by the launcher
 
 
 def parse(
@@ -54,9 +54,10 @@ def parse(
         given[spill[0]], *rest = given[spill[0]]
         if rest:
             given[spill[1]] = rest + given.get(spill[1], [])
-    loaded = load(source, [*_overrides(schema, given), *overrides])
+    job, own = read(find(source)).data.get("job", "pretrain"), schema.model_fields["job"].default
+    loaded = load(source, [*_overrides(schema, given), *overrides]) if job == own else None
     if not isinstance(loaded, schema):
-        raise UserError(f"{source} describes the job {getattr(loaded, 'job', '?')!r}; this is {config}")
+        raise UserError(f"{source} describes the job {job!r}, this is {own}: give another --config, or none")
     return loaded
 
 

@@ -39,6 +39,7 @@ def test_text_stays_text_and_lists_stay_lists() -> None:
         (("--preset", "tetromino"), "tetrominoes"),
         (("--method", "linkag"), "linkag"),
         (("--config", "linear_probe"), "describes the job 'linear_probe'"),
+        (("--config", "pretrain", "--ckpt", "a"), "pretrain describes the job 'pretrain', this is object_discovery"),
         (("pset=voc",), "preset"),
         (("--args", "T"), "expected key=value"),
     ],
@@ -53,4 +54,4 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         objects("--help")
     text = capsys.readouterr().out
     for name in ObjectDiscoveryConfig.model_fields:
-        assert name in ("job", "cluster") or "--" + name.replace("_", "-") in text
+        assert name in ("job", "cluster", "runs_dir") or "--" + name.replace("_", "-") in text
