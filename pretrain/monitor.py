@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RECENT = 100  # steps that a loss is compared with
 SPIKE = 10.0  # times their usual deviation, to be a spike
+TELL_EVERY = 1000  # steps in which one spike is told: a loss that hardly varies, as on a plateau, has many
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Monitor:
         self._pending: list[Record] = []
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._bad_in_row = 0
+        self._told, self._untold = -TELL_EVERY, 0  # step of the last spike that was told, and how many were not since
         self._clock = time.perf_counter()
 
     def observe(
@@ -167,7 +169,12 @@ class Monitor:
         loss = row["loss"]
         if loss is not None:
             if is_spike(loss, self._losses):
-                reading.spikes.append((record, {"loss": loss, "usual": statistics.median(self._losses)}))
+                row["spike"] = True
+                self._untold += 1
+                if record.step - self._told >= TELL_EVERY:
+                    figures = {"loss": loss, "usual": statistics.median(self._losses), "spikes": self._untold}
+                    reading.spikes.append((record, figures))
+                    self._told, self._untold = record.step, 0
             self._losses.append(loss)
 
 

@@ -124,6 +124,18 @@ def test_spike() -> None:
     assert not is_spike(9.0, deque([1.0] * 5))
 
 
+def test_of_many_spikes_few_are_told_and_all_are_in_the_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    monitor = Monitor(MonitorConfig(), ALONE, metrics=MetricsFile(path, 0), sinks=[], views=8)
+    told = []
+    for step in range(1, 2301):
+        observe(monitor, step, 1.2 if step % 50 == 0 else 1.0)
+        if step % 10 == 0:
+            told += [(record.step, figures["spikes"]) for record, figures in monitor.read().spikes]
+    assert told == [(50, 1), (1050, 20), (2050, 20)]
+    assert [row["step"] for _, row in read_rows(path) if row.get("spike")] == list(range(50, 2301, 50))
+
+
 def test_new_life_cuts_what_it_undoes_and_shuts_the_old_one_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     old = MetricsFile(path, 0)
