@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _verify(options)
     _check_numbers(options)
     kind, source_input, out = _paths(options)
+    _check_applies(kind, options)
     from pretrain.data.sources.sample import Request
 
     temporary = out / ".building" / "unpacked"
@@ -146,6 +147,13 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise UserError(f"--quality is between 1 and 100, not {options.quality}")
     if options.seed < 0:
         raise UserError(f"--seed must not be negative, not {options.seed}")
+
+
+def _check_applies(kind: str, options: argparse.Namespace) -> None:
+    for name, modules in (("givens", ("sudoku",)), ("raw", ("clevrtex", "multiobject"))):
+        if getattr(options, name) and KINDS[kind].module not in modules:
+            fitting = ", ".join(other for other, one in KINDS.items() if one.module in modules)
+            raise UserError(f"--{name} means nothing for {kind}; it is for {fitting}")
 
 
 def _paths(options: argparse.Namespace) -> tuple[str, Path | None, Path]:

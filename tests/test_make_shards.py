@@ -69,7 +69,7 @@ def test_generated_scenes_hold_the_scenes_shuffled(tmp_path: Path, capsys: pytes
     ]
     assert main(arguments) == 0
     assert "was there already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match=r"made otherwise \(seed: 5 -> 6\)"):
         main([*arguments[:-4], "--seed", "6"])
     assert main(["--verify", str(out)]) == 0
 
@@ -194,6 +194,7 @@ def test_verify_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["tetrominoes", "x", "--count", "0"], "--count must be at least 1"),
         (["tetrominoes", "x", "--max-broken", "2"], "share between 0 and 1"),
         (["tetrominoes", "x", "--split", "val"], "no split 'val'"),
+        (["tetrominoes", "x", "--givens", "30"], "--givens means nothing for tetrominoes; it is for sudoku"),
     ],
 )
 def test_errors_name_the_remedy(arguments: list[str], message: str) -> None:

@@ -118,11 +118,13 @@ def _finished(plan: Plan, out: Path) -> bool:
     if not info.exists():
         return False
     try:
-        same = json.loads(info.read_text()).get("plan") == json.loads(_describe(plan))
+        made, wanted = json.loads(info.read_text()).get("plan") or {}, json.loads(_describe(plan))
+        differing = [f"{key}: {made.get(key)} -> {value}" for key, value in wanted.items() if made.get(key) != value]
     except ValueError:
-        same = False
-    if not same:
-        raise UserError(f"{out} already holds a shard set made otherwise ({info}); remove it or choose another OUTPUT")
+        differing = [f"{info} is damaged"]
+    if differing:
+        how = ", ".join(differing)
+        raise UserError(f"{out} already holds a shard set made otherwise ({how}); remove it or choose another OUTPUT")
     return True
 
 
