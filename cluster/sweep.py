@@ -167,9 +167,10 @@ def _one_after_the_other(configs: Sequence[PretrainConfig]) -> int:
 def _launch_array(configs: Sequence[PretrainConfig], resources: Resources) -> None:
     """Submit new trainings as one array, and the evaluations of each behind its task."""
     homes = [Path(config.run_dir) for config in configs]
-    code, commit = snapshot.take(homes[0]), snapshot.commit()
+    beside = homes[0].parent / ".sweeps"  # for what all tasks use: any of the runs may be removed before others begin
+    code, commit = snapshot.take(beside), snapshot.commit()
     trainings = [_prepare(config, home) for config, home in zip(configs, homes)]
-    folder = homes[0].parent / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{homes[0].name}"
+    folder = beside / f"{time.strftime('%Y%m%d-%H%M%S')}-{homes[0].name}"
     parameters = executor.slurm_parameters(
         resources,
         name=f"sweep-{homes[0].name}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import subprocess
@@ -210,9 +211,11 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted: list[tuple[int, str]] = []
+    scripts: list[str] = []
 
     def submit(jobs: Sequence[Job], folder: Path, parameters: Mapping[str, Any]) -> list[str]:
         submitted.append((len(jobs), parameters["additional_parameters"].get("dependency", "")))
+        scripts.append(executor.batch_script(parameters, folder))
         return [f"7_{number}" for number in range(len(jobs))] if len(jobs) > 1 else [f"{70 + len(submitted)}"]
 
     monkeypatch.setattr(executor, "submit_slurm", submit)
@@ -227,6 +230,9 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
     ]
     assert "runs/r_lr-3e-4: SLURM job 7_1 and 2 after it" in capsys.readouterr().out
     assert (place / "runs" / "r_lr-3e-4" / "jobs" / "0000_pretrain" / "submitit").is_symlink()
+    (code,) = set(re.findall(r"PYTHONPATH='?([^:'\n]+)", scripts[0]))  # no run's own: any may be removed
+    assert Path(code).parent == place / "runs" / ".sweeps" / "code"
+    assert (Path(code) / "cluster" / "restarts.py").is_file()
     # A third value makes a new run; of the others one is queued, and one SLURM does not know any more.
     monkeypatch.setattr(slurm, "queue", lambda ids: {"7_0": slurm.QueueEntry("PENDING", "", "")})
     sweep_lr = ["--sweep", "optimizer.lr=1e-3,3e-4,1e-4"]
