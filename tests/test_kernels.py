@@ -161,3 +161,25 @@ def test_readouts_go_with_their_layers(model: nn.Module) -> None:
     assert [block.readout.kernel for block in model.blocks] == ["native"]
     kernels.apply(model, kernels.choose(model, Compute(kernel="plain"), CPU))
     assert [block.readout.kernel for block in model.blocks] == ["plain"]
+
+
+@needs_native
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_native_readout_equal_the_plain_ones(dtype: torch.dtype, recompute: bool) -> None:
+    """Whether its linear map is kept or computed again; 49 tokens are padded."""
+    torch.manual_seed(0)
+    readout, x = Readout(64, 4, 32), torch.randn(3, 49, 64, requires_grad=True)
+    readout.init_weights()
+    readout.grad_checkpointing = recompute
+    grad = torch.randn(3, 49, 32)
+
+    def run(kernel: str, precision: torch.dtype) -> list[torch.Tensor]:
+        readout.kernel = kernel
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            out = readout(x)
+        return [out, *torch.autograd.grad(out, [x, *readout.parameters()], grad)]
+
+    for ours, plain in zip(run("native", dtype), run("plain", torch.float32), strict=True):
+        error = 1e-6 if dtype == torch.float32 else 1e-2
+        assert torch.linalg.vector_norm(ours - plain) < error * torch.linalg.vector_norm(plain)

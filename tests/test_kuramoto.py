@@ -155,10 +155,16 @@ def test_stimulus_norm_is_torchs_group_norm_in_the_other_layout() -> None:
         norm.bias.copy_(torch.randn(n * K))
         reference.weight.copy_(norm.weight.view(n, K).t().flatten())
         reference.bias.copy_(norm.bias.view(n, K).t().flatten())
-    c = torch.randn(2, 6, n * K)
+    c = torch.randn(2, 6, n * K, requires_grad=True)
     expected = reference(c.view(2, 6, n, K).permute(0, 3, 2, 1).flatten(1, 2))  # [B, K*n, N]
     expected = expected.view(2, K, n, 6).permute(0, 3, 2, 1).flatten(2)
-    torch.testing.assert_close(norm(c), expected, rtol=1e-5, atol=1e-5)
+    out, grad = norm(c), torch.randn(2, 6, n * K)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(out, [c, norm.weight, norm.bias], grad)
+    theirs = torch.autograd.grad(expected, [c, reference.weight, reference.bias], grad)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    for mine, torchs in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(mine, torchs.view(K, n).t().flatten(), rtol=1e-5, atol=1e-5)
 
 
 def test_readout_is_the_norm_of_n_linear_maps() -> None:

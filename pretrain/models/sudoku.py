@@ -140,7 +140,9 @@ class SudokuNet(Starts):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the steps in backward instead of keeping their activations."""
         for block in self.blocks:
-            (block.kuramoto if isinstance(block, SudokuBlock) else block).grad_checkpointing = enable
+            parts = (block.kuramoto, block.readout) if isinstance(block, SudokuBlock) else (block,)
+            for part in parts:
+                part.grad_checkpointing = enable
 
     def forward(self, digits: Tensor, start: Tensor | None = None, *, steps: int | None = None) -> Tensor:
         """Digits int64 [B, 81], 0 for blank -> logits [B, 81, 9].

@@ -10,11 +10,11 @@ template <class E> struct BackScratch {
   float *ds, *dp, *d_oa, *d_heads, *w_qkv, *b_qkv, *w_out, *own, *other, *frequency;
   E *dsa, *dsp, *xp, *oa, *turned, *d_qkv, *keys, *dout, *doutp, *qb, *doutb, *pa, *da, *dsb;
   BackScratch(const Layer& l) {
-    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
+    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D), heads = W / D;
     ds = arena.take<float>(N * C);
     dp = arena.take<float>(N * R);
     d_oa = arena.take<float>(N * W);
-    d_heads = arena.take<float>(3 * N * D);
+    d_heads = arena.take<float>(3 * N * W);
     dsa = arena.take<E>(N * C);
     dsp = arena.take<E>(N * C);
     xp = arena.take<E>(N * C);
@@ -22,14 +22,14 @@ template <class E> struct BackScratch {
     turned = arena.take<E>(N * 3 * W);
     d_qkv = arena.take<E>(N * 3 * W);
     keys = arena.take<E>(N * D);
-    dout = arena.take<E>(N * row);
+    dout = arena.take<E>(heads * N * row);
     doutp = arena.take<E>(N * row);
     qb = arena.take<E>(R * D);
     doutb = arena.take<E>(R * D);
     pa = arena.take<E>(N * R);
     da = arena.take<E>(N * R);
     dsb = arena.take<E>(N * R);
-    memset(dout, 0, N * row * sizeof(E));
+    memset(dout, 0, heads * N * row * sizeof(E));
     const size_t first = arena.used;
     w_qkv = arena.take<float>(3 * C * C);
     b_qkv = arena.take<float>(3 * C);
@@ -40,8 +40,9 @@ template <class E> struct BackScratch {
     memset(arena.base + first, 0, arena.used - first);
   }
   static size_t bytes(const Layer& l) {
-    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
-    return 4 * (N * (C + W) + N * R + 3 * N * D) + sizeof(E) * (N * (3 * C + 7 * W + D + 2 * row + 3 * R) + 2 * R * D) +
+    const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D), heads = W / D;
+    return 4 * (N * (C + W) + N * R + 3 * N * W) +
+           sizeof(E) * (N * (3 * C + 7 * W + D + (heads + 1) * row + 3 * R) + 2 * R * D) +
            4 * (4 * C * C + 4 * C + 8 * N * D) + 24 * SLACK;
   }
 };
@@ -80,56 +81,62 @@ template <class E> void softmax_back(const Layer& l, float* s, float* dp, const 
   }
 }
 
-// Adjoint of the attention of one head: d_heads, the gradients of rotated q, k and v [3, N, D], from d_oa; its part of oa
-// again, and of the gradients of the output's matrices. qkv, mixed, d_oa and oa point at the head in its group.
+// Gradients d_oa of a group's outputs -> those before the output's matrices, dout, and of these matrices; oa again.
 template <class E>
-void attention_back(const Layer& l, int h, Scratch<E>& z, BackScratch<E>& y, const E* qkv, const E* mixed,
-                    const float* d_oa, E* oa) {
-  const int N = l.N, D = l.head(), W = l.group(), row = head_row<E>(D);
-  float *dq = y.d_heads, *dk = dq + N * D, *dv = dk + N * D;
-  E *pa = sizeof(E) == 4 ? (E*)z.s : y.pa, *da = sizeof(E) == 4 ? (E*)y.dp : y.da, *dsb = sizeof(E) == 4 ? da : y.dsb;
+void outputs_back(const Layer& l, BackScratch<E>& y, const E* mixed, long head) {
+  const int N = l.N, D = l.head(), W = l.group(), row = head_row<E>(D), heads = W / D;
   const vec one = splat(1.f);
-  rotated_heads(l, qkv, z.q, z.k, z.v);
-  pack_transposed(z.q, row, row, N, z.qp);
-  mixable(l, z.k, y.keys);
   for (int i = 0; i < N; i++) {
     const long at = (long)i * W, table = (3L * N + i) * D;
-    rotate<true>(l, 3, i, d_oa + at, one, y.dout + (long)i * row);
-    rotate<false>(l, 3, i, mixed + at, one, oa + at);
-    if (l.gta) matrix_grads(D, mixed + at, d_oa + at, one, y.own + table, y.other + table);
+    rotate<true>(l, 3, i, heads, y.d_oa + at, D, one, y.dout + (long)i * row, head);
+    rotate<false>(l, 3, i, heads, mixed + at, D, one, y.oa + at, D);
+    if (l.gta) matrix_grads(D, heads, mixed + at, y.d_oa + at, D, one, y.own + table, y.other + table);
   }
-  pack_transposed(y.dout, row, row, N, y.doutp);
+}
+
+// Adjoint of the attention of one head from its rotated queries, keys and values: their gradients [3, N, D].
+template <class E>
+void attention_back(const Layer& l, int h, Scratch<E>& z, BackScratch<E>& y, const E* q, const E* k, const E* v,
+                    const E* dout, float* d_heads) {
+  const int N = l.N, D = l.head(), row = head_row<E>(D);
+  float *dq = d_heads, *dk = dq + N * D, *dv = dk + N * D;
+  E *pa = sizeof(E) == 4 ? (E*)z.s : y.pa, *da = sizeof(E) == 4 ? (E*)y.dp : y.da, *dsb = sizeof(E) == 4 ? da : y.dsb;
+  pack_transposed(q, row, row, N, z.qp);
+  mixable(l, k, y.keys);
+  pack_transposed(dout, row, row, N, y.doutp);
   for (int i = 0; i < N; i += R) {
     const Start start = i ? OUT : ZERO;
-    product(N, R, row, z.k, row, z.qp + (long)i * row, z.s, R);
-    product(N, R, row, z.v, row, y.doutp + (long)i * row, y.dp, R);
+    product(N, R, row, k, row, z.qp + (long)i * row, z.s, R);
+    product(N, R, row, v, row, y.doutp + (long)i * row, y.dp, R);
     softmax_back(l, z.s, y.dp, z.lse + h * N + i, pa, da, dsb);
-    pack(y.dout + (long)i * row, row, R, D, y.doutb);
-    pack(z.q + (long)i * row, row, R, D, y.qb);
+    pack(dout + (long)i * row, row, R, D, y.doutb);
+    pack(q + (long)i * row, row, R, D, y.qb);
     product(N, D, R, pa, R, y.doutb, dv, D, start);
     product(N, D, R, da, R, y.qb, dk, D, start);
     mix(l, dsb, y.keys, z.turned, dq + (long)i * D);
   }
 }
 
-// d_heads of one head -> its part of d_qkv; adds to the sums of GTA and of the bias. qkv, d_qkv and d_bias point at the
-// head in its group.
-template <class E> void heads_back(const Layer& l, BackScratch<E>& y, const E* qkv, E* d_qkv, float* d_bias) {
-  const int N = l.N, D = l.head(), W = l.group();
+// d_heads of a group -> d_qkv; adds to the sums of GTA and of the bias.
+template <class E> void heads_back(const Layer& l, BackScratch<E>& y, const E* qkv, float* d_bias) {
+  const int N = l.N, D = l.head(), W = l.group(), heads = W / D;
+  const long head = 3L * N * D;
   // s is in base 2 and q carries the scale: d q = ds k / sqrt(D), d k = ds^T q ln 2
   const float factors[3] = {1.f / std::sqrt((float)D), 0.6931471805599453f, 1.f};
   for (int which = 0; which < 3; which++) {
     const vec factor = splat(factors[which]);
     vec bias[32];
-    for (int e = 0; e < D; e += 16) bias[e / 16] = splat(0.f);
+    for (int e = 0; e < W; e += 16) bias[e / 16] = splat(0.f);
     for (int i = 0; i < N; i++) {
       const long table = ((long)which * N + i) * D, at = 3L * i * W + which * W;
-      rotate<true>(l, which, i, y.d_heads + table, factor, d_qkv + at);
-      if (l.gta) matrix_grads(D, qkv + at, y.d_heads + table, factor, y.own + table, y.other + table);
-      for (int e = 0; e < D; e += 16) bias[e / 16] = add(bias[e / 16], load(d_qkv + at + e));
+      const float* grads = y.d_heads + table;
+      E* out = y.d_qkv + at;
+      rotate<true>(l, which, i, heads, grads, head, factor, out, D);
+      if (l.gta) matrix_grads(D, heads, qkv + at, grads, head, factor, y.own + table, y.other + table);
+      for (int e = 0; e < W; e += 16) bias[e / 16] = add(bias[e / 16], load(out + e));
     }
     float* sum = d_bias + which * W;
-    for (int e = 0; e < D; e += 16) store(sum + e, add(load(sum + e), bias[e / 16]));
+    for (int e = 0; e < W; e += 16) store(sum + e, add(load(sum + e), bias[e / 16]));
   }
 }
 
@@ -162,10 +169,12 @@ void backward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, BackScra
   for (int g = 0; g < C / W; g++) {
     const E *qkv = z.qkv + 3L * g * N * W, *mixed = z.mixed + (long)g * N * W;
     product(N, W, C, ds, C, w.out_back.data() + (long)g * W * C, y.d_oa, W);
-    for (int e = 0; e < W; e += D) {
-      attention_back(l, (g * W + e) / D, z, y, qkv + e, mixed + e, y.d_oa + e, y.oa + e);
-      heads_back(l, y, qkv + e, y.d_qkv + e, y.b_qkv + 3 * g * W + e);
-    }
+    rotated_heads(l, qkv, z);
+    outputs_back(l, y, mixed, z.head);
+    for (int h = 0; h < W / D; h++)
+      attention_back(l, g * W / D + h, z, y, z.q + h * z.head, z.k + h * z.head, z.v + h * z.head, y.dout + h * z.head,
+                     y.d_heads + 3L * h * N * D);
+    heads_back(l, y, qkv, y.b_qkv + 3 * g * W);
     product(N, C, 3 * W, y.d_qkv, 3 * W, w.qkv_back.data() + 3L * g * W * C, grad, C, OUT);
     weight_grads(N, y.d_qkv, 3 * W, 3 * W, y.xp, C, y.turned, y.w_qkv + 3L * g * W * C);
     weight_grads(N, y.oa, W, W, y.dsp, C, y.turned, y.w_out + (long)g * W * C);

@@ -12,15 +12,17 @@ template <class E> struct Scratch {
   E *xa, *qkv, *mixed, *drive, *q, *k, *v, *qp, *values, *p, *oa;
   float *rows, *s, *lse, *o, *turned;
   long qkv_group;  // distance of two groups of qkv: none where no backward follows
+  long head;       // of two heads of q, k, v
   Scratch(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
+    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D), heads = l.group() / D;
     xa = arena.take<E>(sizeof(E) == 4 ? 0 : N * C);
     qkv_group = l.keep ? N * 3 * l.group() : 0;
     qkv = arena.take<E>(N * 3 * C);
     drive = arena.take<E>(N * C);
-    q = arena.take<E>(N * row);
-    k = arena.take<E>(N * row);
-    v = arena.take<E>(N * row);
+    head = N * row;
+    q = arena.take<E>(heads * head);
+    k = arena.take<E>(heads * head);
+    v = arena.take<E>(heads * head);
     qp = arena.take<E>(N * row);
     values = arena.take<E>(N * D);
     mixed = arena.take<E>(N * C);
@@ -31,23 +33,24 @@ template <class E> struct Scratch {
     o = arena.take<float>(R * D);
     turned = arena.take<float>(R * D);
     lse = arena.take<float>(l.H * N);
-    for (E* rotated : {q, k, v}) memset(rotated, 0, N * row * sizeof(E));
+    for (E* rotated : {q, k, v}) memset(rotated, 0, heads * head * sizeof(E));
   }
   static size_t bytes(const Layer& l) {
-    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D);
-    return sizeof(E) * N * (7 * C + 4 * row + D + R) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
+    const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D), heads = l.group() / D;
+    return sizeof(E) * N * (7 * C + (3 * heads + 1) * row + D + R) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
   }
 };
 
-// Rotated queries (scaled, base 2), keys and values of one head of a group.
-template <class E> void rotated_heads(const Layer& l, const E* qkv, E* q, E* k, E* v) {
+// Rotated queries (scaled, base 2), keys and values of a group.
+template <class E> void rotated_heads(const Layer& l, const E* qkv, Scratch<E>& z) {
   const int N = l.N, D = l.head(), W = l.group(), row = head_row<E>(D);
   const float scale = 1.4426950408889634f / std::sqrt((float)D);
-  E* out[3] = {q, k, v};
+  E* out[3] = {z.q, z.k, z.v};
   for (int which = 0; which < 3; which++) {
     const vec factor = splat(which ? 1.f : scale);
     const E* u = qkv + which * W;
-    for (int i = 0; i < N; i++, u += 3 * W) rotate<false>(l, which, i, u, factor, out[which] + (long)i * row);
+    for (int i = 0; i < N; i++, u += 3 * W)
+      rotate<false>(l, which, i, W / D, u, D, factor, out[which] + (long)i * row, z.head);
   }
 }
 
@@ -110,21 +113,20 @@ template <class E> void softmax(const Layer& l, float* s, E* p, float* inverse, 
 // The part of image b of something [B, N, C], which may be missing.
 template <class T> T* of_image(const Layer& l, T* all, long b) { return all ? all + b * l.N * l.C : nullptr; }
 
-// Attention of one head from its queries, keys and values in qkv -> mixed and, turned by the output's matrices, oa.
-template <class E> void attend(const Layer& l, int h, Scratch<E>& z, const E* qkv, E* mixed) {
+// Attention of one head from its rotated queries, keys and values -> mixed and, turned by the output's matrices, oa.
+template <class E> void attend(const Layer& l, int h, Scratch<E>& z, const E* q, const E* k, const E* v, E* mixed) {
   const int N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D);
-  rotated_heads(l, qkv, z.q, z.k, z.v);
-  pack_transposed(z.q, row, row, N, z.qp);
-  mixable(l, z.v, z.values);
+  pack_transposed(q, row, row, N, z.qp);
+  mixable(l, v, z.values);
   for (int i = 0; i < N; i += R) {
-    product(N, R, row, z.k, row, z.qp + (long)i * row, z.s, R);
+    product(N, R, row, k, row, z.qp + (long)i * row, z.s, R);
     alignas(64) float inverse[R];
     softmax(l, z.s, z.p, inverse, z.lse + h * N + i);
     mix(l, z.p, z.values, z.turned, z.o);
     for (int r = 0; r < R; r++) {
       const vec share = splat(inverse[r]);
       for (int e = 0; e < D; e += 16) store(mixed + (long)(i + r) * W + e, mul(share, load(z.o + r * D + e)));
-      rotate<false>(l, 3, i + r, z.o + r * D, share, z.oa + (long)(i + r) * C + h * D);
+      rotate<false>(l, 3, i + r, 1, z.o + r * D, D, share, z.oa + (long)(i + r) * C + h * D, 0);
     }
   }
 }
@@ -139,7 +141,9 @@ void forward_image(const Layer& l, const Weights<E>& w, Scratch<E>& z, const flo
     for (int i = 0; i < N; i += ROWS)
       product(std::min(ROWS, N - i), 3 * W, C, xa + (long)i * C, C, w.qkv.data() + 3L * g * W * C, qkv + (long)i * 3 * W,
               3 * W, BIAS, w.bias.data() + 3 * g * W);
-    for (int e = 0; e < W; e += D) attend(l, (g * W + e) / D, z, qkv + e, mixed + e);
+    rotated_heads(l, qkv, z);
+    for (int h = 0; h < W / D; h++)
+      attend(l, g * W / D + h, z, z.q + h * z.head, z.k + h * z.head, z.v + h * z.head, mixed + h * D);
   }
   for (int i = 0; i < N; i += ROWS) {
     const int count = std::min(ROWS, N - i);

@@ -1,5 +1,5 @@
-// The readout: norms over the n planes of a linear map, forward and backward. The map itself stays in cache: the backward
-// computes it again.
+// The readout: norms over the n planes of a linear map, forward and backward. The map is kept, or stays in cache and is
+// computed again by the backward.
 
 #pragma once
 #include <cmath>
@@ -16,6 +16,7 @@ struct Readout {
   int64_t M, C, O, n, threads;
   const float *x, *w, *b, *bias;  // [M, C], [S, C], [S], [O]
   float* out;                     // [M, O]
+  void* kept;                     // E: the map with its bias [M, S]; or null
   // backward
   const float* grad;        // [M, O]
   float *d_x, *d_w, *d_b;   // [M, C], [S, C], [S]
@@ -62,6 +63,7 @@ template <class E> void readout_forward(const Readout& l) {
 #pragma omp for schedule(static)
     for (long i = 0; i < l.M; i += ROWS) {
       const int count = std::min<long>(ROWS, l.M - i);
+      E* kept = l.kept ? (E*)l.kept + i * S : nullptr;
       product(count, S, C, operand(l.x + i * C, count * C, z.xa), C, w.data(), z.y, z.stride);
       for (int r = 0; r < count; r++)
         for (int k = 0; k < O; k += 16) {
@@ -69,6 +71,7 @@ template <class E> void readout_forward(const Readout& l) {
           for (int m = 0; m < l.n; m++) {
             const vec y = add(load(z.y + r * z.stride + m * O + k), load(l.b + m * O + k));
             square = fma(y, y, square);
+            if (kept) store(kept + r * S + m * O + k, y);
           }
           store(l.out + (i + r) * O + k, add(_mm512_sqrt_ps(square), load(l.bias + k)));
         }
@@ -77,19 +80,22 @@ template <class E> void readout_forward(const Readout& l) {
   }
 }
 
-// y of a token and the gradient g of its norms -> that of y, in place; adds to the sums of the bias.
-inline void norms_back(const Readout& l, float* y, const float* g, float* d_b) {
+// y of a token (with its bias, or `b` to be added) and the gradient g of its norms -> that of y; adds to the sums of the
+// bias. d_y may be y.
+template <class E>
+inline void norms_back(const Readout& l, const E* y, const float* b, const float* g, float* d_y, float* d_b) {
   for (int k = 0; k < l.O; k += 16) {
     vec square = splat(TINY);
     for (int m = 0; m < l.n; m++) {
-      const vec v = add(load(y + m * l.O + k), load(l.b + m * l.O + k));
+      vec v = load(y + m * l.O + k);
+      if (b) v = add(v, load(b + m * l.O + k));
       square = fma(v, v, square);
-      store(y + m * l.O + k, v);
+      store(d_y + m * l.O + k, v);
     }
     const vec factor = _mm512_div_ps(load(g + k), _mm512_sqrt_ps(square));
     for (int m = 0; m < l.n; m++) {
-      const vec v = mul(factor, load(y + m * l.O + k));
-      store(y + m * l.O + k, v);
+      const vec v = mul(factor, load(d_y + m * l.O + k));
+      store(d_y + m * l.O + k, v);
       store(d_b + m * l.O + k, add(load(d_b + m * l.O + k), v));
     }
   }
@@ -97,7 +103,7 @@ inline void norms_back(const Readout& l, float* y, const float* g, float* d_b) {
 
 template <class E> void readout_backward(const Readout& l) {
   const long C = l.C, S = l.n * l.O;
-  const Operand<E> w = packed_weight<E>(l);
+  const Operand<E> w = l.kept ? Operand<E>() : packed_weight<E>(l);
   Operand<E> back(S * C);
   pack(l.w, C, S, C, back.data());
 #pragma omp parallel num_threads(l.threads)
@@ -108,9 +114,15 @@ template <class E> void readout_backward(const Readout& l) {
 #pragma omp for schedule(static)
     for (long i = 0; i < l.M; i += TOKENS) {
       const int count = std::min<long>(TOKENS, l.M - i);
-      const float* x = l.x + i * C;
-      product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
-      for (int r = 0; r < count; r++) norms_back(l, z.y + r * z.stride, l.grad + (i + r) * l.O, z.d_b);
+      const float *x = l.x + i * C, *g = l.grad + i * l.O;
+      if (!l.kept) product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
+      for (int r = 0; r < count; r++, g += l.O) {
+        float* y = z.y + r * z.stride;
+        if (l.kept)
+          norms_back(l, (const E*)l.kept + (i + r) * S, nullptr, g, y, z.d_b);
+        else
+          norms_back(l, y, l.b, g, y, z.d_b);
+      }
       product(count, C, S, operand(z.y, count * z.stride, z.dy), z.stride, back.data(), l.d_x + i * C, C);
       pack(x, C, count, C, z.packed);
       weight_grads(count, z.y, z.stride, S, z.packed, C, z.turned, z.d_w);

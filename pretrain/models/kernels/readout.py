@@ -1,4 +1,6 @@
-"""The readout in one call per direction (readout.h), for autograd: its linear map never goes to memory.
+"""The readout in one call per direction (readout.h), for autograd.
+
+Its linear map is kept for the backward (in the type of the products), or, with recomputation, never goes to memory.
 
 Legend: B images, N tokens, M = B*N, C channels in, O channels out, n planes.
 """
@@ -25,7 +27,7 @@ class _Readout(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("M", "C", "O", "n", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "w", "b", "bias", "out", "grad", "d_x", "d_w", "d_b")),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "b", "bias", "out", "kept", "grad", "d_x", "d_w", "d_b")),
     )
 
 
@@ -52,34 +54,37 @@ def run(readout: Readout, x: Tensor) -> Tensor:
     if rest:
         tokens = F.pad(tokens, (0, 0, 0, rest))
     linear = readout.linear
-    out = _NativeReadout.apply(tokens, linear.weight, linear.bias, readout.bias, readout.n, product_dtype(x.device))
+    keep = not readout.grad_checkpointing
+    dtype = product_dtype(x.device)
+    out = _NativeReadout.apply(tokens, linear.weight, linear.bias, readout.bias, readout.n, dtype, keep)
     return out[: len(tokens) - rest].unflatten(0, x.shape[:2])
 
 
 class _NativeReadout(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor, bias: Tensor, n: int, dtype: torch.dtype
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor, bias: Tensor, n: int, dtype: torch.dtype, keep: bool
     ) -> Tensor:  # fmt: skip
         inputs = [tensor.detach().contiguous() for tensor in (x, w, b, bias)]
         out = x.new_empty(len(x), len(bias))
         arguments = _describe(inputs, n)
-        point(arguments, {"out": out})
+        kept = x.new_empty(len(x), len(b), dtype=dtype) if keep and any(ctx.needs_input_grad) else None
+        point(arguments, {"out": out, "kept": kept})
         call("readout_forward", dtype, arguments)
         ctx.n, ctx.dtype = n, dtype
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs, kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, bias = ctx.saved_tensors
+        x, w, b, bias, kept = ctx.saved_tensors
         grad = grads[0].float().contiguous()
         d_x, d_w, d_b = torch.empty_like(x), torch.zeros_like(w), torch.zeros_like(b)
         arguments = _describe([x, w, b, bias], ctx.n)
-        point(arguments, {"grad": grad, "d_x": d_x, "d_w": d_w, "d_b": d_b})
+        point(arguments, {"kept": kept, "grad": grad, "d_x": d_x, "d_w": d_w, "d_b": d_b})
         call("readout_backward", ctx.dtype, arguments)
-        return d_x, d_w, d_b, grad.sum(0), None, None
+        return d_x, d_w, d_b, grad.sum(0), None, None, None
 
 
 def _describe(inputs: list[Tensor], n: int) -> _Readout:

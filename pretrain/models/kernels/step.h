@@ -7,54 +7,76 @@
 
 namespace {
 
-// factor * M u for the pairs of one head and token, or with the adjoint of M.
+// What is done for a token to the heads of a group together: they share their matrices. Heads lie D apart in u and the
+// gradients' operands, `apart` in the results.
+
+// factor * M u for the pairs of each head, or with the adjoint of M.
 template <bool ADJOINT, class S, class T>
-inline void rotate_head(const float* own, const float* other, int D, const S* u, vec factor, T* out) {
+inline void rotate_heads(const float* own, const float* other, int D, int heads, const S* u, long from, vec factor,
+                         T* out, long to) {
   if (D == 16) {
-    vec x = mul(factor, load(u)), o = load(other);
-    vec turned = ADJOINT ? swap_halves(mul(o, x)) : mul(o, swap_halves(x));
-    store(out, fma(load(own), x, turned));
+    const vec m = mul(factor, load(own)), o = mul(factor, load(other)), turned = swap_halves(o);
+    for (int h = 0; h < heads; h++, u += from, out += to) {
+      const vec x = load(u), y = swap_halves(x);
+      store(out, fma(m, x, mul(ADJOINT ? turned : o, y)));
+    }
     return;
   }
   const int half = D / 2;
   for (int e = 0; e < half; e += 16) {
-    vec a = mul(factor, load(u + e)), b = mul(factor, load(u + half + e));
-    vec p = load(other + e), q = load(other + half + e);
+    const vec m = mul(factor, load(own + e)), n = mul(factor, load(own + half + e));
+    vec p = mul(factor, load(other + e)), q = mul(factor, load(other + half + e));
     if (ADJOINT) std::swap(p, q);
-    store(out + e, fma(load(own + e), a, mul(p, b)));
-    store(out + half + e, fma(load(own + half + e), b, mul(q, a)));
+    for (int h = 0; h < heads; h++) {
+      const vec a = load(u + h * from + e), b = load(u + h * from + half + e);
+      store(out + h * to + e, fma(m, a, mul(p, b)));
+      store(out + h * to + half + e, fma(n, b, mul(q, a)));
+    }
   }
 }
 
-// Gradients of the matrices of rotate_head at u for a gradient g of its result: own += factor g u, other += factor g swap(u).
-template <class S>
-inline void matrix_grads(int D, const S* u, const float* g, vec factor, float* d_own, float* d_other) {
-  const int half = D / 2;
+// Gradients of the matrices of rotate_heads at u for gradients g of its results: own += factor g u, other += factor g
+// swap(u).
+template <class S, class G>
+inline void matrix_grads(int D, int heads, const S* u, const G* g, long apart, vec factor, float* d_own,
+                         float* d_other) {
   if (D == 16) {
-    vec x = load(u), y = mul(factor, load(g));
-    store(d_own, fma(y, x, load(d_own)));
-    store(d_other, fma(y, swap_halves(x), load(d_other)));
+    vec m = splat(0.f), o = splat(0.f);
+    for (int h = 0; h < heads; h++, u += D, g += apart) {
+      const vec x = load(u), y = load(g);
+      m = fma(y, x, m);
+      o = fma(y, swap_halves(x), o);
+    }
+    store(d_own, fma(factor, m, load(d_own)));
+    store(d_other, fma(factor, o, load(d_other)));
     return;
   }
+  const int half = D / 2;
   for (int e = 0; e < half; e += 16) {
-    vec a = load(u + e), b = load(u + half + e);
-    vec y = mul(factor, load(g + e)), z = mul(factor, load(g + half + e));
-    store(d_own + e, fma(y, a, load(d_own + e)));
-    store(d_own + half + e, fma(z, b, load(d_own + half + e)));
-    store(d_other + e, fma(y, b, load(d_other + e)));
-    store(d_other + half + e, fma(z, a, load(d_other + half + e)));
+    vec m = splat(0.f), n = splat(0.f), p = splat(0.f), q = splat(0.f);
+    for (int h = 0; h < heads; h++) {
+      const vec a = load(u + h * D + e), b = load(u + h * D + half + e);
+      const vec y = load(g + h * apart + e), z = load(g + h * apart + half + e);
+      m = fma(y, a, m), n = fma(z, b, n), p = fma(y, b, p), q = fma(z, a, q);
+    }
+    store(d_own + e, fma(factor, m, load(d_own + e)));
+    store(d_own + half + e, fma(factor, n, load(d_own + half + e)));
+    store(d_other + e, fma(factor, p, load(d_other + e)));
+    store(d_other + half + e, fma(factor, q, load(d_other + half + e)));
   }
 }
 
 // The same by the layer's matrices of queries, keys, values or output (`which`) of a token; without GTA the factor alone.
 template <bool ADJOINT, class S, class T>
-inline void rotate(const Layer& l, int which, int token, const S* u, vec factor, T* out) {
+inline void rotate(const Layer& l, int which, int token, int heads, const S* u, long from, vec factor, T* out,
+                   long to) {
   const int D = l.C / l.H;
   const long table = ((long)which * l.N + token) * D;
   if (l.gta)
-    rotate_head<ADJOINT>(l.own + table, l.other + table, D, u, factor, out);
+    rotate_heads<ADJOINT>(l.own + table, l.other + table, D, heads, u, from, factor, out, to);
   else
-    for (int e = 0; e < D; e += 16) store(out + e, mul(factor, load(u + e)));
+    for (int h = 0; h < heads; h++)
+      for (int e = 0; e < D; e += 16) store(out + h * to + e, mul(factor, load(u + h * from + e)));
 }
 
 // One token of the update: x, s -> next x, which may be x itself.
