@@ -140,6 +140,18 @@ def test_pruning_keeps_the_features_and_drops_the_rest(name: str, index: int) ->
     assert [key for key, value in model.named_parameters() if value.grad is None] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", LIGHT)
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    model, images = small(name, num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    logits, normed = model(images), model.forward_intermediates(images, norm=True, intermediates_only=True)[-1]
+    model.to(dtype)
+    assert model(images.to(dtype)).dtype == dtype
+    torch.testing.assert_close(model(images.to(dtype)).float(), logits, rtol=0, atol=0.05)
+    other = model.forward_intermediates(images.to(dtype), norm=True, intermediates_only=True)[-1]
+    torch.testing.assert_close(other.float(), normed, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_input_sizes_and_channels(name: str) -> None:
     model = small(name, img_size=[40, 24], in_chans=4, num_classes=0).eval()
@@ -155,6 +167,42 @@ def test_input_sizes_and_channels(name: str) -> None:
         assert {info["reduction"] for info in model.feature_info} == {8}
         model.set_input_size(patch_size=4)
         assert model.forward_features(torch.randn(1, 4, 32, 64)).shape[2:] == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("akorn_nano_patch4_32", {}),
+        ("akorn_nano_patch4_32", {"positions": "abs"}),
+        ("itrsa_nano_patch4_32", {"positions": "abs"}),
+        ("akorn_classifier_mixed_32", {"num_heads": 4}),
+    ],
+)
+def test_pretrained_weights_at_another_size_are_those_at_their_own_resized(
+    name: str, args: dict[str, Any], tmp_path: Path
+) -> None:
+    model, images = small(name, num_classes=0, **args).eval(), torch.randn(1, 3, 48, 24)
+    save_for_hf(model, str(tmp_path / "square"), safe_serialization=True)
+    model.set_input_size((48, 24))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'square'}", pretrained=True, img_size=(48, 24)).eval()
+    assert torch.equal(loaded(images), model(images))
+    save_for_hf(model, str(tmp_path / "long"), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'long'}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+    if "classifier" not in name:  # as many tokens, in other places
+        turned = timm.create_model(f"local-dir:{tmp_path / 'long'}", pretrained=True, img_size=(24, 48)).eval()
+        model.set_input_size((24, 48))
+        assert torch.equal(turned(images.mT), model(images.mT))
+
+
+@pytest.mark.parametrize("name", ["akorn_nano_patch4_32", "itrsa_nano_patch4_32", "akorn_classifier_32"])
+def test_hub_export_keeps_what_was_set_after_construction(name: str, tmp_path: Path) -> None:
+    model, images = small(name, num_classes=0).eval(), torch.randn(1, 3, 32, 32)
+    model.set_steps(4)
+    if hasattr(model, "set_start_seed"):
+        model.set_start_seed(7)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
 
 
 @pytest.mark.parametrize("pool", ["max", "avg", "avgmax", "catavgmax"])

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from pretrain.models.backbone import PatchBackbone, Size, map_of, per_block
@@ -147,6 +148,7 @@ class AKOrN(PatchBackbone, Starts):
         """T from now on: one for all blocks or one each."""
         for block, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
             block.kuramoto.num_steps = steps
+        update_model_args(self, num_steps=num_steps)
 
     def _stimulus(self, images: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Grid]:
         """Images -> c, x before normalisation [B, N, C] each, and the grid."""

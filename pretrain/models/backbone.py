@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, to_2tuple
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from pretrain.models.connectivity import Grid
@@ -106,7 +107,7 @@ class Backbone(nn.Module):
         """
         for tokens, grid in self._levels(images, start):
             last = tokens, grid
-        return map_of(self.norm(last[0]), last[1]).to(images.dtype)
+        return map_of(self.norm(last[0].to(images.dtype)), last[1]).to(images.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map [B, C, h, w] -> logits [B, num_classes]; pooled features with `pre_logits` or without classes."""
@@ -151,13 +152,13 @@ class Backbone(nn.Module):
         intermediates = []
         for level, (tokens, grid) in enumerate(self._levels(x, start)):
             if level in take:
-                taken = self.norm(tokens) if norm else tokens
+                taken = self.norm(tokens.to(x.dtype)) if norm else tokens
                 intermediates.append(map_of(taken, grid) if output_fmt == "NCHW" else taken)
             if stop_early and level == last_level:
                 break
         if intermediates_only:
             return {"image_intermediates": intermediates} if output_dict else intermediates
-        final = map_of(self.norm(tokens), grid).to(x.dtype)
+        final = map_of(self.norm(tokens.to(x.dtype)), grid).to(x.dtype)
         if output_dict:
             return {"image_intermediates": intermediates, "image_features": final}
         return final, intermediates
@@ -256,6 +257,7 @@ class PatchBackbone(Backbone):
         size = self.patch_embed.img_size
         if self.rescale_input and images.shape[-2:] != size:
             images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        images = images.contiguous(memory_format=torch.channels_last)  # so that tokens come out contiguous
         return tokens_of(self.patch_embed.proj(images))
 
     def set_input_size(self, img_size: Size | None = None, patch_size: int | None = None) -> None:
@@ -264,6 +266,7 @@ class PatchBackbone(Backbone):
         self.patch_embed.set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
         for info in self.feature_info:
             info["reduction"] = max(self.patch_embed.patch_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
         if self.grid != old:
             self._regrid(old)
 

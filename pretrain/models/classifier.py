@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, Size, map_of, per_block, tokens_of
@@ -209,6 +210,7 @@ class KuramotoClassifier(Backbone, Starts):
         """T from now on: one for all stages or one each."""
         for stage, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
             stage.kuramoto.num_steps = steps
+        update_model_args(self, num_steps=num_steps)
 
     def set_input_size(self, img_size: Size | None = None, patch_size: int | None = None) -> None:
         """Make another input size the model's own; GTA of attention stages is interpolated."""
@@ -216,6 +218,7 @@ class KuramotoClassifier(Backbone, Starts):
             raise ValueError("the classifier has no patches: leave patch_size out")
         if img_size is not None:
             self.img_size = to_2tuple(img_size)
+        update_model_input_size(self, self.img_size)
         for stage, grid in zip(self.blocks, self.grids, strict=True):
             stage.kuramoto.coupling.set_grid(grid)
         self._redraw_start()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -137,6 +138,7 @@ class ItrSA(PatchBackbone):
         """T from now on: one for all blocks or one each."""
         for block, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
             block.num_steps = steps
+        update_model_args(self, num_steps=num_steps)
 
     def _levels(self, images: Tensor, start: Tensor | None = None) -> Iterator[tuple[Tensor, Grid]]:
         if start is not None:

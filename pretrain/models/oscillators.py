@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from pretrain.models.connectivity import Grid
@@ -54,6 +55,7 @@ class Starts(nn.Module):
     def set_start_seed(self, seed: int) -> None:
         """Another start in evaluation from now on."""
         self.start_seed = seed
+        update_model_args(self, start_seed=seed)
         self._redraw_start()
 
     def _redraw_start(self) -> None:

@@ -10,15 +10,19 @@ Weights that come with the package lie in weights/, a file MODEL.TAG.safetensors
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from timm.models._input import get_pretrained_grid_size
+from torch import Tensor, nn
 
 from pretrain.models.akorn import AKOrN
 from pretrain.models.classifier import KuramotoClassifier
+from pretrain.models.connectivity import Grid
 from pretrain.models.itrsa import ItrSA
+from pretrain.models.positions import resample_tokens
 
 Size = dict[str, Any]
 
@@ -32,6 +36,7 @@ CLEVRTEX: Size = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "num_heads
 NANO: Size = {"patch_size": 4, "embed_dim": 128, "depth": 1, "num_heads": 8}
 CONV: Size = {"coupling": "conv", "kernel_size": 5, "positions": "abs"}
 MIXED: Size = {"coupling": ("conv", "conv", "attn")}
+TABLES = {"gta_in": 2, "gta_out": 2, "pos_c": 0, "pos_x": 0, "pos_embed": 0}  # dimension of their tokens
 WEIGHTS = Path(__file__).with_name("weights")
 
 
@@ -97,6 +102,24 @@ def _cfgs() -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(_cfgs())
 
 
+def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights for another `img_size` than their own: tables of positions interpolated, as `set_input_size` does it.
+
+    Their own grid is what the folder or tag says; else it is taken to be square. Loading names what does not fit then.
+    """
+    own, fitted = model.state_dict().keys(), dict(state)
+    for name in own & state.keys():
+        parent, _, kind = name.rpartition(".")
+        if kind in TABLES:
+            tokens, grid = state[name].shape[TABLES[kind]], cast("Grid", model.get_submodule(parent).grid)
+            old = get_pretrained_grid_size(model, state.get("patch_embed.proj.weight"), tokens)
+            if old is None and math.isqrt(tokens) ** 2 == tokens != grid[0] * grid[1]:
+                old = math.isqrt(tokens), math.isqrt(tokens)
+            if old is not None:
+                fitted[name] = resample_tokens(state[name], old, grid, dim=TABLES[kind])
+    return fitted
+
+
 def _register(name: str, model: type[nn.Module], size: Size) -> None:
     """Register one entry point; timm finds it, and its default configuration, by its name and this module."""
 
@@ -105,7 +128,7 @@ def _register(name: str, model: type[nn.Module], size: Size) -> None:
         out_indices = kwargs.pop("out_indices", tuple(range(2 * depth + 1)))
         return build_model_with_cfg(
             model, name, pretrained, feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-            **{**size, **kwargs},
+            pretrained_filter_fn=_fitted, **{**size, **kwargs},
         )  # fmt: skip
 
     entry.__name__ = entry.__qualname__ = name
