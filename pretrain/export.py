@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from configs.schema import PretrainConfig
 
 
+FILES = {"model.safetensors", "README.md", "config.json", "fingerprint.json"}
+
+
 def export(source: Path, out: Path, *, ema: bool = True) -> Path:
     """Write the backbone of a run's newest whole checkpoint, or of one checkpoint, in timm's hub layout.
 
     `out` gets config.json, model.safetensors, README.md and fingerprint.json; it appears whole, by rename, and replaces
-    an older export. `ema=False` takes the weights themselves instead of their average.
+    an older export; what else lies beside that (.git, notes) stays. `ema=False` takes the weights themselves instead of
+    their average.
 
     Raises:
         UserError: there is no whole checkpoint, or `out` holds something else than an export.
@@ -100,7 +104,7 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig) -> None:
 def _may_replace(out: Path) -> bool:
     """Whether a path holds an export, what is left of one, or nothing."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    return "model.safetensors" in names or names <= {"README.md", "config.json", "fingerprint.json"}
+    return "model.safetensors" in names or names <= FILES
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
@@ -108,6 +112,9 @@ def _put_in_place(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(aside)
     partial.rename(out)
+    for path in aside.iterdir() if aside.exists() else ():
+        if path.name not in FILES:
+            path.rename(out / path.name)
     shutil.rmtree(aside, ignore_errors=True)
 
 

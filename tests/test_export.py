@@ -81,6 +81,10 @@ def test_fingerprint_knows_its_own_weights_from_random_ones(run_dir: Path, tmp_p
     fingerprint.check(timm.create_model(f"local-dir:{out}", pretrained=True), out)
     with pytest.raises(UserError, match="weights were not loaded"):
         fingerprint.check(timm.create_model("akorn_nano_patch4_32", num_classes=0, num_steps=2), out)
+    damaged = timm.create_model(f"local-dir:{out}", pretrained=True)
+    torch.nn.init.constant_(damaged.patch_embed.proj.bias, torch.nan)
+    with pytest.raises(UserError, match="weights were not loaded"):
+        fingerprint.check(damaged, out)
 
 
 def test_others_may_read_an_export_and_nothing_else_is_replaced(run_dir: Path, tmp_path: Path) -> None:
@@ -89,6 +93,12 @@ def test_others_may_read_an_export_and_nothing_else_is_replaced(run_dir: Path, t
     (out / "model.safetensors").unlink()
     export.export(run_dir, out)
     assert (out / "model.safetensors").is_file()
+    (out / ".git").mkdir()
+    (out / ".git" / "config").write_text("a clone of a hub's repository")
+    export.export(run_dir, out)
+    assert (out / ".git" / "config").exists()
+    assert {path.name for path in out.iterdir()} == {*export.FILES, ".git"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
