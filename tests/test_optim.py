@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Optimizer
+from pretrain.models.sudoku import SudokuNet
 from pretrain.optim import Lars, make_optimizer, no_decay_names, parameter_groups
 
 
@@ -31,6 +32,11 @@ def test_decay_falls_on_matrices_that_no_model_exempts() -> None:
     assert {id(p) for p in decayed["params"]} == {id(module["a"].proj.weight), id(module["head"].weight)}
     assert others["weight_decay"] == 0.0
     assert len(others["params"]) == 5
+
+
+def test_positions_of_a_sudoku_solver_do_not_decay() -> None:
+    names = no_decay_names(SudokuNet("akorn", embed_dim=8, num_heads=2))
+    assert {f"blocks.0.kuramoto.coupling.{table}" for table in ("gta_in", "gta_out")} <= names
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

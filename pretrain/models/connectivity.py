@@ -111,6 +111,10 @@ class AttentionCoupling(Coupling):
                 setattr(self, name, nn.Parameter(table.contiguous(), requires_grad=getattr(self, name).requires_grad))
         self.grid = grid
 
+    def no_weight_decay(self) -> set[str]:
+        """GTA matrices: near rotations, which decay would shrink."""
+        return set() if self.grid is None else {"gta_in", "gta_out"}
+
     def runs_natively(self, x: Tensor, n: int = 1) -> bool:
         return native.attends(self, x, n)
 
