@@ -89,6 +89,14 @@ def test_damaged_files_name_the_line(text: str, message: str, tmp_path: Path) ->
         readers.read(path)
 
 
+@pytest.mark.parametrize("keep", [0, 30])
+def test_damaged_archives_are_named(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.gz"
+    path.write_bytes(gzip.compress(PUZZLE.encode())[:keep] or PUZZLE.encode())
+    with pytest.raises(UserError, match=r"puzzles\.gz is damaged"):
+        readers.read(path)
+
+
 def test_missing_file() -> None:
     with pytest.raises(UserError, match="no such file"):
         readers.read("/nowhere/sudoku.csv")

@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import UserError
 from pretrain import make_shards
+from pretrain.data.shards import ShardWriter
 from pretrain.data.sudoku import board, generator, readers, record, solver
 from tests.test_sudoku_readers import one_hot
 
@@ -22,6 +23,15 @@ def test_generated_shards_hold_what_the_generator_made(tmp_path: Path, capsys: p
     assert board.keeps_givens(read.solutions, read.puzzles).all()
     assert make_shards.main(["--verify", str(tmp_path / "set"), "--workers", "1"]) == 0
     assert "60 samples in 3 shards, 0 problems" in capsys.readouterr().out
+
+
+def test_shards_of_others_are_checked_too(tmp_path: Path) -> None:
+    made = generator.generate(2, seed=0)
+    with ShardWriter(tmp_path / "a-000000.tar") as writer:
+        writer.write("good", record.encode(made.puzzles[0], made.solutions[0]))
+        writer.write("wrong", record.encode(made.puzzles[1], made.solutions[0]))
+    with pytest.raises(UserError, match="sample wrong: the solution given contradicts the puzzle's givens"):
+        readers.read(tmp_path)
 
 
 def test_satnet_splits_and_harder_puzzles_from_a_bank(tmp_path: Path) -> None:

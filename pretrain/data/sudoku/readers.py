@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,11 @@ def read(location: str | Path) -> Puzzles:
 
 def read_text(path: Path) -> Puzzles:
     """Read a file with one puzzle a line, alone or followed by its solution."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        lines = file.read().splitlines()
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            lines = file.read().splitlines()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     numbers, puzzles, solutions = [], [], []
     for number, line in enumerate(lines, 1):
         fields = [field for field in _FIELDS.split(line.split(b"#")[0].strip(b" \t,;")) if field]
@@ -93,8 +97,9 @@ def read_shards(location: str | Path) -> Puzzles:
     index = ShardIndex.open(location)
     reader = ShardReader(index)
     pairs = [record.decode(reader.read(sample)) for sample in range(len(index))]
-    puzzles, solutions = (board.stack(side) for side in zip(*pairs, strict=True)) if pairs else ([], [])
-    return Puzzles(np.asarray(puzzles, np.uint8).reshape(-1, 81), np.asarray(solutions, np.uint8).reshape(-1, 81))
+    puzzles, solutions = (board.stack(pair[side] for pair in pairs) for side in (0, 1))
+    where = [f"{location}: sample {key}" for key in index.keys(range(len(index)))]
+    return checked(puzzles, solutions, where)
 
 
 def checked(puzzles: Boards, solutions: Boards, where: list[str]) -> Puzzles:
