@@ -61,7 +61,7 @@ def published(folder: Path, name: str, severity: int) -> tuple[Pixels, NDArray[n
         raise UserError(f"{folder}/{name}.npy has shape {images.shape}; expected [5 * N, 32, 32, 3]")
     count = len(images) // 5
     rows = slice((severity - 1) * count, severity * count)
-    return np.asarray(images[rows]), np.asarray(labels[rows], dtype=np.int64)
+    return np.asarray(images[rows]), np.array(labels[rows], dtype=np.int64)
 
 
 def every() -> Iterator[tuple[str, int]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from downstream.robust_scores import Trial
 
 TASK = "robustness"
+PUBLISHED_SIDE = 32  # of the images in CIFAR-10-C's arrays
 
 
 def run(config: RobustnessConfig, *, out_dir: Path | None = None) -> dict[str, Any]:
@@ -38,12 +39,18 @@ def run(config: RobustnessConfig, *, out_dir: Path | None = None) -> dict[str, A
     check_corruptions(config)
     model = classifier.load(config.ckpt, arch=config.arch, args=config.args, device=config.device)
     data = classifier.read(config.data, limit=config.images, size=config.size, num_classes=model.num_classes)
+    side = data.images.shape[1]
+    if side != PUBLISHED_SIDE and config.cifar10c is not None and config.corruptions not in ((), ("none",)):
+        raise UserError(
+            f"the arrays in {config.cifar10c} are of {PUBLISHED_SIDE} px, the images of {side}: both are scored at one "
+            "size only; leave --cifar10c out for corruptions made at that size"
+        )
     from downstream.robust_scores import Trial
 
     trial, source = Trial(model, data, config), _source(config, model.num_classes)
     for one in (model, source):
         if one is not None:
-            one.check_size(data.images.shape[1])
+            one.check_size(side)
     out = results.folder_of(config.ckpt, TASK, out=out_dir or config.out, name=config.name)
     document = measure(trial, out, source)
     protocol = protocol_of(trial)
@@ -112,7 +119,7 @@ def check_corruptions(config: RobustnessConfig) -> None:
 def protocol_of(trial: Trial) -> dict[str, Any]:
     """All that the scores depend on."""
     config = trial.config
-    own = "CIFAR-10-C's constants; frost textures are generated, random numbers differ from the published arrays"
+    own = "frost textures are generated, random numbers differ from the published arrays"
     return {
         "data": config.data,
         "images": len(trial.data.labels),

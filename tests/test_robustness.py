@@ -96,6 +96,19 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
     assert 0 <= tensors.min() <= tensors.max() <= 1
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_published_arrays_are_scored_at_their_own_size_only(exported: Path, shards: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "fog.npy", rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.tile(np.arange(4), 5))
+    known = ["--ckpt", str(exported), "--data", str(shards), "--out", str(tmp_path / "out"), *BUDGET]
+    arguments = [*known, "--attacks", "fgsm", "--cifar10c", str(tmp_path), "--corruptions", "fog"]
+    with pytest.raises(UserError, match=r"are of 32 px, the images of 48: .* leave --cifar10c out"):
+        robustness.main([*arguments, "--size", "48"])
+    assert robustness.main(arguments) == 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["corruptions"]["rows"]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
