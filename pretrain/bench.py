@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -46,16 +47,20 @@ def measure(config: PretrainConfig, *, against: str | None, rounds: int) -> dict
     if against == "plain":
         plain = workloads.Plain(config, ranks, ours)
         steps |= {"plain fp32": plain.step_in(torch.float32), "plain bf16": plain.step_in(torch.bfloat16)}
-    peak = timing.peak_flops(ranks.device, dtype)
-    measured = timing.interleaved(steps, ranks.device, rounds=rounds)
-    peak = max(peak, timing.peak_flops(ranks.device, dtype))
+    peaks: list[float] = []
+    beside = timing.beside_peaks(ours.step, ranks.device, dtype, peaks)
+    measured = timing.interleaved({**steps, "ours": beside}, ranks.device, rounds=rounds)
+    del peaks[0]  # of the step that warmed up
     views = ours.num_views * config.batch_size
-    flops = 3 * ours.flops_per_view() * views / ranks.world_size / measured["ours"].step_s
+    flops = 3 * ours.flops_per_view() * views / ranks.world_size
+    speeds = [flops / seconds for seconds in measured["ours"].steps_s]
+    share = statistics.median(speed / peak for speed, peak in zip(speeds, peaks, strict=True))
     result: dict[str, Any] = {
         "config": config.name, "model": config.model.name, "batch_size": config.batch_size,
         "precision": config.compute.precision, "processes": ranks.world_size, "threads": torch.get_num_threads(),
         "device": str(ranks.device), "torch": torch.__version__, "kernels": ours.kernels, "rounds": rounds,
-        "gflops": round(flops / 1e9, 2), "peak_gflops": round(peak / 1e9, 2), "share_of_peak": round(flops / peak, 4),
+        "gflops": round(statistics.median(speeds) / 1e9, 2), "peak_gflops": round(statistics.median(peaks) / 1e9, 2),
+        "best_peak_gflops": round(max(peaks) / 1e9, 2), "share_of_peak": round(share, 4),
     }  # fmt: skip
     for name, values in measured.items():
         result[name] = values.as_dict(views) | {
@@ -108,8 +113,8 @@ def table(result: dict[str, Any]) -> str:
             speed = f"{row['views_per_s']:9.1f} views/s {row['step_ms']:9.1f} ms"
             lines.append(f"{name:11s}{speed}: {parts}; {row['peak_mib']:.0f} MiB")
     lines.append(
-        f"{result['gflops']:.0f} GFLOP/s per process, {result['share_of_peak']:.0%} of the product peak "
-        f"{result['peak_gflops']:.0f} in the same type"
+        f"{result['gflops']:.0f} GFLOP/s per process, {result['share_of_peak']:.0%} of the product peak in the same "
+        f"type beside each step (median {result['peak_gflops']:.0f}, best {result['best_peak_gflops']:.0f})"
     )
     if "times_faster" in result:
         lines.append(

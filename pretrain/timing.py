@@ -1,7 +1,7 @@
 """How long a training step takes, part by part, and what it needs: measured by running steps, several kinds in turn.
 
 FLOPs are counted by torch's own counter on one view (products only), training taken as three times the forward. The
-peak is that of a square matrix product in the type of the step, measured between the steps.
+peak is that of a square matrix product in the type of the step, measured before and after each: machines change.
 """
 
 from __future__ import annotations
@@ -74,11 +74,16 @@ Step = Callable[[Clock], float]  # runs one step, returns its loss
 
 @dataclass
 class Measured:
-    """What interleaved rounds of one kind of step gave. Times are medians in seconds."""
+    """What interleaved rounds of one kind of step gave: seconds of each, of each part by median, and losses."""
 
-    step_s: float
+    steps_s: list[float]
     parts_s: dict[str, float]
     losses: list[float]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, by median."""
+        return statistics.median(self.steps_s)
 
     def as_dict(self, views: int) -> dict[str, Any]:
         parts = {name: round(1000 * value, 3) for name, value in self.parts_s.items()}
@@ -105,7 +110,19 @@ def interleaved(steps: dict[str, Step], device: torch.device, *, rounds: int) ->
 
 def _median(clocks: list[Clock], losses: list[float]) -> Measured:
     parts = {name: statistics.median(clock.seconds[name] for clock in clocks) for name in PARTS}
-    return Measured(statistics.median(sum(clock.seconds.values()) for clock in clocks), parts, losses)
+    return Measured([sum(clock.seconds.values()) for clock in clocks], parts, losses)
+
+
+def beside_peaks(step: Step, device: torch.device, dtype: torch.dtype, peaks: list[float]) -> Step:
+    """The step between two measurements of the peak, outside its clock; their mean goes to `peaks`."""
+
+    def measured(clock: Clock) -> float:
+        before = peak_flops(device, dtype)
+        loss = step(clock)
+        peaks.append((before + peak_flops(device, dtype)) / 2)
+        return loss
+
+    return measured
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:

@@ -56,6 +56,20 @@ def test_rounds_are_interleaved_and_the_warm_up_is_left_out() -> None:
     assert measured["a"].step_s == 1.0
 
 
+def test_the_peak_is_measured_on_both_sides_of_a_step_and_outside_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([100.0, 300.0])
+    monkeypatch.setattr(timing, "peak_flops", lambda device, dtype: next(found))
+
+    def step(clock: timing.Clock) -> float:
+        clock.seconds["forward"] += 1.0
+        return 7.0
+
+    peaks: list[float] = []
+    clock = timing.Clock(CPU)
+    assert timing.beside_peaks(step, CPU, torch.float32, peaks)(clock) == 7.0
+    assert (peaks, sum(clock.seconds.values())) == ([200.0], 1.0)
+
+
 def test_time_in_collectives_counts_once() -> None:
     clock = timing.Clock(CPU, dict.fromkeys(timing.PARTS, 0.0))
     with clock.part("loss"), clock.part("communication"):
@@ -131,6 +145,7 @@ def test_command_prints_one_line_of_json(capsys: pytest.CaptureFixture[str], mon
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["ours"]["views_per_s"] > 0
     assert 0 < result["share_of_peak"] < 1
+    assert 0 < result["peak_gflops"] <= result["best_peak_gflops"]
     assert result["times_faster"] > 0
 
 

@@ -258,7 +258,6 @@ class PatchBackbone(Backbone):
         if self.rescale_input and images.shape[-2:] != size:
             images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
         images = images.contiguous(memory_format=torch.channels_last)  # so that tokens come out contiguous
-        images = images.contiguous(memory_format=torch.channels_last)  # so that tokens come out contiguous
         return tokens_of(self.patch_embed.proj(images))
 
     def set_input_size(self, img_size: Size | None = None, patch_size: int | None = None) -> None:
