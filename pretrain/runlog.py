@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOUD = {
+    "initialised",
     "save_failed",
     "damaged",
     "fallback",

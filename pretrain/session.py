@@ -103,7 +103,7 @@ def open_session(
     snapshot = resume.find(run_dir, ranks, events)
     if snapshot is not None:
         resume.check_config(snapshot, config, run_dir, events)
-    task = _make_task(config, snapshot)
+    task = _make_task(config, snapshot, events)
     _check_norms(task.module, config, ranks)
     rows = _prepare(task, config, ranks, run_dir)
     observing = _make_observing(observers, task, config, ranks, events, stack)
@@ -148,14 +148,15 @@ def _stream(snapshot: Snapshot | None, rollback: Rollback | None) -> int:
     return 0 if snapshot is None else int(snapshot.state["stream"])
 
 
-def _make_task(config: PretrainConfig, snapshot: Snapshot | None) -> Task:
+def _make_task(config: PretrainConfig, snapshot: Snapshot | None, events: Events) -> Task:
     """The task with the weights to start from: the checkpoint's, those of `init_from`, or fresh ones from the seed."""
     torch.manual_seed(config.seed)
     task = make_task(config)
     if snapshot is not None:
         resume.load_weights(task.module, snapshot.tensors["weights"], "the checkpoint")
     elif config.init_from is not None:
-        resume.initialise_from(config.init_from, task.module, task.backbone)
+        loaded = resume.initialise_from(config.init_from, task.module, task.backbone)
+        events("initialised", source=config.init_from, loaded=loaded)
     return task
 
 

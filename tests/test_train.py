@@ -203,6 +203,7 @@ def test_init_from_takes_weights_and_nothing_else(undisturbed: Path, tmp_path: P
     averaged = checkpoint.load(checkpoint.folder(undisturbed, 30)).tensors["ema"]
     for name, tensor in final_weights(tmp_path).items():
         torch.testing.assert_close(tensor, averaged[name], rtol=0, atol=1e-6)
+    assert events(tmp_path)[0]["loaded"] == "whole model"
     with pytest.raises(UserError, match="init_from"):
         run_standin(tmp_path / "other", {"init_from": str(tmp_path / "nothing")})
 
