@@ -49,6 +49,10 @@ def load(
     """
     source = _Source(ckpt, arch, dict(args or {}), random=control == "random", seed=seed, img_size=img_size)
     model: Any = source.model()
+    if not hasattr(model, "feature_info"):
+        raise UserError(f"{ckpt} does not tell its feature levels (feature_info): choose another model of timm's")
+    if steps is not None and not hasattr(model, "set_steps"):
+        raise UserError(f"steps={steps} needs a model with oscillators or iterations, which {ckpt} is not")
     where = own_device(device)
     name = source.label if control is None else f"{source.label} ({control})"
     if img_size is not None and _has_fixed_size(model):
@@ -63,12 +67,10 @@ def load(
             encoder.model.set_steps(steps)
         if control is not None:
             apply_control(encoder, control)
-        encoder._level(layer)
-        kernels.fastest(encoder.model)
-    except AttributeError as error:
-        raise UserError(f"{ckpt}: {error}; steps needs a model with oscillators or iterations") from None
+        encoder.level(layer)  # raises where there is none
     except ValueError as error:
         raise UserError(str(error)) from None
+    kernels.fastest(encoder.model)
     return encoder
 
 

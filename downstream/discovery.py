@@ -187,7 +187,6 @@ def learn_codebook(encoder: Encoder, samples: Samples, protocol: Protocol, *, se
     """
     rng = np.random.default_rng(seed)
     kept: list[np.ndarray] = []
-    share = 1.0
     for block in samples.blocks(protocol.batch_size):
         scene = samples.scenes(block, protocol.preset)
         maps = features(encoder, scene.images, uptile=protocol.uptile, start=0)

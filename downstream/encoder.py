@@ -82,7 +82,7 @@ class Encoder:
                 features, state = self._as_map(final, images), None
                 pooled = self.model.forward_head(final, pre_logits=True)
             else:
-                levels = [self._level(self.layer)] + ([self._level("oscillators")] if oscillators else [])
+                levels = [self.level(self.layer)] + ([self.level("oscillators")] if oscillators else [])
                 final, maps = self.model.forward_intermediates(
                     images, indices=sorted(set(levels)), norm=True, **options
                 )
@@ -127,7 +127,12 @@ class Encoder:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _level(self, layer: str) -> int:
+    def level(self, layer: str) -> int:
+        """Number of a feature level, counted from the first.
+
+        Raises:
+            ValueError: the model has no such level.
+        """
         count = len(self.model.feature_info)
         if layer == "readout":
             return count - 1

@@ -97,17 +97,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with + where files differ from it; None outside a repository."""
+    """The commit of this code, with -dirty where files differ from it; None outside a repository.
+
+    Of a job of the launcher, what that found (cluster/snapshot.py): the code that runs is a copy.
+    """
     if "AKORN_COMMIT" in os.environ:
         return os.environ["AKORN_COMMIT"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     root = Path(__file__).resolve().parents[1]
     try:
-        options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if dirty else "")
+    return done.stdout.strip()
 
 
 def ranks() -> tuple[int, int]:

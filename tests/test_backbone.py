@@ -150,6 +150,11 @@ def test_a_weights_file_loads_by_name_by_order_or_not_at_all(tmp_path: Path) -> 
         load(str(tmp_path / "other.pth"), device="cpu")
 
 
+def test_steps_are_refused_where_there_are_none() -> None:
+    with pytest.raises(UserError, match="steps=3 needs a model with oscillators or iterations, which resnet10t is not"):
+        load("resnet10t", control="random", steps=3)
+
+
 def test_layers_are_checked() -> None:
     with pytest.raises(UserError, match="has no oscillators"):
         load("resnet10t", control="random", layer="oscillators", device="cpu")
