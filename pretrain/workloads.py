@@ -23,6 +23,7 @@ from pretrain.data.batch import Batch
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.models.kuramoto import KuramotoLayer
+from pretrain.session import views_of
 from pretrain.tasks import make_task
 from pretrain.timing import Clock, Step, flops_per_view
 
@@ -34,7 +35,7 @@ class Ours:
         assert config.views is not None
         torch.manual_seed(config.seed)
         self.config, self.ranks, self.size = config, ranks, config.views.size
-        self.num_views = 1 if isinstance(config.task, ClassifyTask) else 2
+        self.num_views = views_of(config)
         self.num_images = config.batch_size // ranks.world_size
         self.task: Any = make_task(config)
         self.task.module.to(ranks.device).train()
