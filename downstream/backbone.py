@@ -88,6 +88,7 @@ class _Source:
         self.label = self.path.resolve().name if self.path.exists() else ckpt
 
     def model(self) -> nn.Module:
+        refuse_arguments(self.path, self.args)
         if self.path.is_dir():
             return self._of_folder()
         if self.path.is_file():
@@ -180,6 +181,14 @@ class _Source:
                 f"{name} cannot be loaded: {str(error).splitlines()[0]}; pretrained weights of timm come from the "
                 "network (set HF_HOME to a folder that has them), random ones need --controls random"
             ) from error
+
+
+def refuse_arguments(path: Path, args: Mapping[str, Any]) -> None:
+    """Raise a UserError where a run or an export, which says what it is, is given arguments: they would do nothing."""
+    if args and path.is_dir():
+        raise UserError(
+            f"args {', '.join(args)}: {path} says itself what it is; arguments are for weights files and names of timm"
+        )
 
 
 def _whole(path: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from downstream.attacks.victim import Victim
+from downstream.backbone import refuse_arguments
 from pretrain.distributed import own_device
 
 
@@ -56,6 +57,7 @@ def load(
     """
     path = Path(ckpt)
     where = own_device(device)
+    refuse_arguments(path, args or {})
     model = _of_folder(path) if path.is_dir() else _of_file_or_name(ckpt, arch, dict(args or {}))
     num_classes = int(getattr(model, "num_classes", 0))
     if num_classes < 2:

@@ -114,8 +114,9 @@ class _Evaluation:
 
         config = self.config
         size = config.input_size or self.preset.size
+        args = {} if config.also and Path(ckpt).is_dir() else config.args  # where others in the table may take them
         return load(
-            ckpt, arch=config.arch, args=config.args, img_size=size, control=control, steps=config.steps,
+            ckpt, arch=config.arch, args=args, img_size=size, control=control, steps=config.steps,
             layer=config.layer, device=config.device, precision=config.precision, seed=config.seed,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from downstream.backbone import refuse_arguments
 from pretrain.distributed import own_device
 from pretrain.models.sudoku import SudokuNet
 from pretrain.tasks.sudoku import make_model
@@ -52,6 +53,7 @@ def load(
     """
     path = Path(ckpt)
     where = own_device(device)
+    refuse_arguments(path, args or {})
     if path.is_file():
         net, description = _published(path, dict(args or {}))
     elif (path / "export" / "config.json").is_file():

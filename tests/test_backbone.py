@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from timm.models import save_for_hf
 
 import pretrain  # noqa: F401
 from configs import UserError
+from downstream import classifier, solver
 from downstream.backbone import load
 from downstream.encoder import apply_control
 
@@ -93,6 +95,12 @@ def test_an_exported_transformer_sees_images_of_any_size(side: int, grid: int, t
     for control in (None, "random"):
         encoder = load(str(tmp_path), img_size=side, control=control)  # type: ignore[arg-type]
         assert encoder.encode(torch.rand(1, 3, side, side)).map.shape == (1, 8, grid, grid)
+
+
+@pytest.mark.parametrize("loader", [load, classifier.load, solver.load])
+def test_arguments_that_a_folder_would_not_take_are_refused(loader: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"args T: {tmp_path} says itself what it is"):
+        loader(str(tmp_path), args={"T": 32})
 
 
 def test_a_classifier_is_told_from_a_damaged_backbone(tmp_path: Path) -> None:
