@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.oscillators import OscillatorOutput
+
 Control = Literal["random", "uncoupled", "no_steps"]
 
 
@@ -91,13 +93,20 @@ class Encoder:
                 pooled = self._pool(features, final)
         return Features(pooled.float(), features.float(), None if state is None else state.float())
 
-    @torch.inference_mode()
     def energy(self, images: Tensor, *, start_seed: int = 0) -> Tensor:
         """Energy of each image after the last step of the last layer, [B]; lower means more agreement."""
+        return self.oscillations(images, start_seed=start_seed).energy[-1][-1].float()
+
+    @torch.inference_mode()
+    def oscillations(self, images: Tensor, *, start_seed: int = 0, trajectory: bool = False) -> OscillatorOutput:
+        """What one forward pass goes through: oscillators and energies of all layers, their trajectories if wanted."""
         images = self._prepare(images)
+        options = self._start(images, start_seed)
         with self._autocast():
-            output = self.model.forward_oscillators(images, energy=True, **self._start(images, start_seed))
-        return output.energy[-1][-1].float()
+            output: OscillatorOutput = self.model.forward_oscillators(
+                images, energy=True, trajectory=trajectory, **options
+            )
+        return output
 
     def digest(self) -> str:
         """Hexadecimal digest of weights, architecture, layer and size: what the features of an image depend on."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +38,7 @@ class Oscillations:
 @torch.inference_mode()
 def look(encoder: Encoder, scene: Scene, *, start_seed: int = 0) -> Oscillations:
     """Run the model on the images of a scene, keeping every step of its last layer."""
-    images = encoder._prepare(scene.images)
-    options: dict[str, Any] = encoder._start(images, start_seed)
-    output = encoder.model.forward_oscillators(images, trajectory=True, energy=True, **options)
+    output = encoder.oscillations(scene.images, start_seed=start_seed, trajectory=True)
     states = output.trajectory[-1].float().cpu().transpose(0, 1)  # [B, T+1, N, C]
     grid = output.grids[-1]
     truth = tokens_of(scene.instances, grid)
