@@ -195,6 +195,19 @@ def test_pretrained_weights_at_another_size_are_those_at_their_own_resized(
         assert torch.equal(turned(images.mT), model(images.mT))
 
 
+@pytest.mark.parametrize("name", ["akorn_nano_patch4_32", "akorn_classifier_32"])
+def test_models_made_empty_get_their_start(name: str) -> None:
+    model, images = small(name, num_classes=0).eval(), torch.randn(1, 3, 32, 32)
+    with torch.device("meta"):
+        empty = small(name, num_classes=0).eval()
+    empty.to_empty(device="cpu")
+    for module in empty.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty(images), model(images))
+
+
 @pytest.mark.parametrize("name", ["akorn_nano_patch4_32", "itrsa_nano_patch4_32", "akorn_classifier_32"])
 def test_hub_export_keeps_what_was_set_after_construction(name: str, tmp_path: Path) -> None:
     model, images = small(name, num_classes=0).eval(), torch.randn(1, 3, 32, 32)

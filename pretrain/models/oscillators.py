@@ -58,6 +58,10 @@ class Starts(nn.Module):
         update_model_args(self, start_seed=seed)
         self._redraw_start()
 
+    def init_non_persistent_buffers(self) -> None:
+        """Draw the start of a model that was made empty: it is in no state dict (a convention of timm's)."""
+        self._redraw_start()
+
     def _redraw_start(self) -> None:
         self.start = self.draw_start().to(self.start)
 
