@@ -149,12 +149,13 @@ def read(location: str | None, *, limit: int | None, size: int | None, num_class
     """The first images of a labelled shard set, shorter side resized to `size` and centre-cropped where they differ.
 
     Raises:
-        UserError: no data, no labels, or labels beyond the classifier's classes.
+        UserError: no data, a sample that cannot be read, no labels, or labels beyond the classifier's classes.
     """
     if location is None:
         raise UserError("no data to test on: give --data SHARDS (made by pretrain/make_shards.py)")
+    from pretrain.data.decode import BrokenImageError
     from pretrain.data.index import ShardIndex
-    from pretrain.data.shards import ShardReader
+    from pretrain.data.shards import DamagedSample, ShardReader
 
     index = ShardIndex.open(location)
     reader, count = ShardReader(index), min(limit or len(index), len(index))
@@ -163,7 +164,10 @@ def read(location: str | None, *, limit: int | None, size: int | None, num_class
         label = index.label(sample)
         if label is None or not 0 <= label < num_classes:
             raise UserError(f"{location}: sample {sample} has label {label}; the classifier has {num_classes} classes")
-        image = _image(reader.read(sample), size)
+        try:
+            image = _image(reader.read(sample), size)
+        except (BrokenImageError, DamagedSample) as error:
+            raise UserError(f"{location}: sample {index.keys([sample])[0]} cannot be read: {error}") from error
         size = size or image.shape[0]
         images.append(image)
         labels.append(label)

@@ -96,6 +96,13 @@ def test_images_are_read_resized_and_bounded(shards: Path) -> None:
     assert 0 <= tensors.min() <= tensors.max() <= 1
 
 
+def test_a_sample_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a-000000.tar") as writer:
+        writer.write("torn", {"png": b"no picture", "cls": b"1"})
+    with pytest.raises(UserError, match="sample torn cannot be read"):
+        classifier.read(str(tmp_path), limit=None, size=None, num_classes=2)
+
+
 @pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_published_arrays_are_scored_at_their_own_size_only(exported: Path, shards: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
