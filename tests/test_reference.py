@@ -91,6 +91,14 @@ def test_other_networks_are_recognised(network: torch.nn.Module) -> None:
     assert not found.model.training
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_gta_matrices_tell_the_heads_of_a_sudoku_solver_too(heads: int) -> None:
+    network = Sudoku(4, 32, 4, heads)
+    assert convert(network.state_dict(), {"T": 4}).arguments["heads"] == heads
+    with pytest.raises(ValueError, match=f"heads=8 .the tensors say {heads}"):
+        convert(network.state_dict(), {"T": 4, "heads": 8})
+
+
 def test_orders_are_permutations() -> None:
     state = torch.arange(24).view(6, 4)  # published (K, n)
     assert torch.equal(state.flatten()[planes(4, 24)], state.t().flatten())

@@ -166,6 +166,7 @@ def _inferred(kind: str, state: Mapping[str, Tensor]) -> Arguments:
     c_norm = "gn" if norm + "weight" in state else "sandb" if norm + "scale" in state else "none"
     rows, ch = _shape(state, f"{reading}invconv.weight")[:2]
     told: Arguments = {"ch": ch, "L": _count(state, "layers."), "use_omega": f"{layer}omg.omg_param" in state}
+    told |= _inferred_heads(state)
     if told["use_omega"]:
         told["global_omg"] = _shape(state, f"{layer}omg.omg_param") == (2,)
     if kind == "classifier_akorn":
@@ -191,15 +192,23 @@ def _inferred_couplings(state: Mapping[str, Tensor], depth: int, layer: str) -> 
     return told
 
 
+def _inferred_heads(state: Mapping[str, Tensor]) -> Arguments:
+    """With GTA, the heads: a layer has as many matrices as a head has pairs of channels."""
+    for key, value in state.items():
+        if key.endswith("mat_q"):
+            qkv = _shape(state, key.replace("mat_q", "W_qkv.weight"))
+            return {"heads": qkv[1] // (2 * value.shape[1])}
+    return {}
+
+
 def _inferred_size(state: Mapping[str, Tensor], patch: int) -> Arguments:
-    """imsize and, with GTA, the heads."""
+    """imsize, by the table of positions."""
     for key, value in state.items():
         if key in ("pemb_c", "pos_embed"):
             return {"imsize": value.shape[1] * patch}
     for key, value in state.items():
         if key.endswith("mat_q"):
-            qkv = _shape(state, key.replace("mat_q", "W_qkv.weight"))
-            return {"imsize": math.isqrt(value.shape[0]) * patch, "heads": qkv[1] // (2 * value.shape[1])}
+            return {"imsize": math.isqrt(value.shape[0]) * patch}
     return {}
 
 
@@ -207,4 +216,4 @@ def _inferred_itrsa(state: Mapping[str, Tensor]) -> Arguments:
     ch, _, psize, _ = _shape(state, "patchfy.1.weight")
     told = {"ch": ch, "psize": psize, "blocks": _count(state, "transformer_encoder."), "gta": "pos_embed" not in state}
     told["mlp_dim"] = _shape(state, "transformer_encoder.0.mlp.0.weight")[0]
-    return told | _inferred_size(state, psize)
+    return told | _inferred_heads(state) | _inferred_size(state, psize)
