@@ -8,6 +8,8 @@ checkpoints and shards (which are put right again), fills the disk, starts a sec
 changes the world size. Batches of NaN lie in the data all along. In the end the run must have each step once, must
 never have gone back behind its last whole checkpoint, must have said what happened, and must equal an undisturbed run
 bitwise: in its weights if neither world size nor data ever changed, else in its losses up to the first such change.
+At the end its loss is that of the undisturbed run within 5 %; where data was damaged, within a quarter of what was
+learned.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ FAULTS = (
     "two lives",
     "world size",
 )
-CHANGES = {"damage shard", "truncate shard", "world size"}  # after these the weights need not be bitwise equal
+DATA = {"damage shard", "truncate shard"}  # after these the run learned from other samples for a while
+CHANGES = {*DATA, "world size"}  # after these the weights need not be bitwise equal
 
 
 @dataclass
@@ -262,7 +265,9 @@ class Chaos:
         changed = sorted(CHANGES & set(self.done))
         assert changed or largest == 0, f"weights differ by up to {largest:.2g} from those of the undisturbed run"
         final, undisturbed = (_mean([row["loss"] for row in run[-10:]]) for run in (ours, theirs))
-        assert abs(final - undisturbed) < 0.05 * undisturbed, f"loss {final} against {undisturbed}"
+        fall = _mean([row["loss"] for row in theirs[:10]]) - undisturbed
+        tolerance = 0.25 * fall if DATA & set(self.done) else 0.05 * undisturbed
+        assert abs(final - undisturbed) < tolerance, f"loss {final} against {undisturbed}, which fell by {fall}"
         kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.done.items()))
         equal = f"equal to {largest:.2g} ({', '.join(changed)})" if largest else "bitwise equal"
         return (
