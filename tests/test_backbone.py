@@ -103,6 +103,17 @@ def test_arguments_that_a_folder_would_not_take_are_refused(loader: Callable[...
         loader(str(tmp_path), args={"T": 32})
 
 
+@pytest.mark.parametrize("layer", ["readout", "oscillators", "0"])
+def test_an_export_is_pooled_as_its_model_is(layer: str, tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    found = load(MODEL, control="random", layer=layer, device="cpu")
+    save_for_hf(found.model, str(tmp_path), safe_serialization=True)
+    features = found.encode(images)
+    torch.testing.assert_close(features.pooled, features.map.amax((2, 3)), rtol=0, atol=0)
+    exported = load(str(tmp_path), layer=layer, device="cpu").encode(images)
+    torch.testing.assert_close(exported.pooled, features.pooled, rtol=0, atol=0)
+
+
 def test_a_classifier_is_told_from_a_damaged_backbone(tmp_path: Path) -> None:
     from pretrain import fingerprint
 

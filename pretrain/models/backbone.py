@@ -77,7 +77,8 @@ class Backbone(nn.Module):
 
     def __init__(self, *, num_classes: int, global_pool: str, num_features: int, drop_rate: float) -> None:
         super().__init__()
-        self.num_classes, self.global_pool, self.drop_rate = num_classes, global_pool, drop_rate
+        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.global_pool = global_pool.removeprefix("fast")  # hub exports hold timm's name of the same
         self.num_features = num_features
         self.grad_checkpointing = False
 
@@ -191,7 +192,7 @@ class Backbone(nn.Module):
         """A new linear head, and another pooling if named."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = global_pool
+            self.global_pool = global_pool.removeprefix("fast")
         self.head.reset(num_classes, None if global_pool is None else _pool_type(global_pool))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
