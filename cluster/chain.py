@@ -17,6 +17,7 @@ from cluster.state import WAITING, State
 from cluster.submission import Submission, new_submission, write_atomically
 from configs import AnyJob, PretrainConfig, dump, load
 from configs.cluster import Cluster
+from configs.jobs import DownstreamJob
 
 PRETRAIN, REPORT = "pretrain", "report"
 ENTRIES = {
@@ -59,14 +60,17 @@ def home_of(config: AnyJob) -> Path:
     return Path("results") / config.job / re.sub(r"[^\w.-]+", "_", ckpt).strip("_.")
 
 
+def evaluations(config: AnyJob) -> list[tuple[str, DownstreamJob]]:
+    """The evaluations of a run, or the one that a job is, each behind the beginning of its keys."""
+    if isinstance(config, PretrainConfig):
+        return [(f"downstream.{i}.", evaluation) for i, evaluation in enumerate(config.downstream)]
+    return [("", config)]
+
+
 def backbones(config: AnyJob) -> dict[str, tuple[str, ...]]:
     """The models that a job's evaluations read, by the key that names them."""
-    if isinstance(config, PretrainConfig):
-        found = [(f"downstream.{i}.", evaluation) for i, evaluation in enumerate(config.downstream)]
-    else:
-        found = [("", config)]
     named: dict[str, tuple[str, ...]] = {}
-    for prefix, evaluation in found:
+    for prefix, evaluation in evaluations(config):
         for key in ("ckpt", "also", "transfer_from"):
             value: str | tuple[str, ...] = getattr(evaluation, key, None) or ()
             named[prefix + key] = (value,) if isinstance(value, str) else value

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster import slurm
-from cluster.chain import Link, backbones
+from cluster.chain import Link, backbones, evaluations
 from cluster.locate import shown
 from cluster.memory import GPU_GIB, checkpoint_gib, estimate_gib
 from cluster.plan import Plan, plan_of
@@ -58,21 +58,23 @@ def data_checks(config: AnyJob) -> Iterator[Check]:
         for key in ("knn_train", "knn_test", "objects_data"):
             if (value := getattr(config.observers, key)) is not None:
                 yield shards_check(f"observers.{key}", value)
-        if config.init_from is not None and not Path(config.init_from).exists():
-            yield Check(
-                "init_from", "error", f"init_from: nothing at {shown(config.init_from)}; give a run or an export"
-            )
-        for position, evaluation in enumerate(config.downstream):
-            yield from _evaluation_data(evaluation, f"downstream.{position}.")
-    else:
-        yield from _evaluation_data(config, "")
-        if config.ckpt is None and not getattr(config, "also", ()):
-            yield Check(
-                "ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export, a .pth file or a timm model name"
-            )
+        if config.init_from is not None and not _may_hold_weights(Path(config.init_from)):
+            place = shown(config.init_from)
+            yield Check("init_from", "error", f"init_from: no weights at {place}; give a run or an export")
+    for prefix, evaluation in evaluations(config):
+        yield from _evaluation_data(evaluation, prefix)
+    if not isinstance(config, PretrainConfig) and config.ckpt is None and not getattr(config, "also", ()):
+        yield Check("ckpt", "error", "ckpt: which backbone? Give ckpt=RUN, an export, a .pth file or a timm model name")
     for key, models in backbones(config).items():
         for model in models:
             yield _model_check(key, model)
+    for prefix, evaluation in evaluations(config):
+        for key in evaluation.lacking():
+            yield Check(prefix + key, "error", f"{prefix}{key}: is not given, and {evaluation.job} needs it")
+
+
+def _may_hold_weights(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.suffix == ".safetensors")
 
 
 def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
@@ -87,7 +89,7 @@ def _evaluation_data(config: AnyJob, prefix: str) -> Iterator[Check]:
 
 
 def _model_check(key: str, model: str) -> Check:
-    looks_like_path = model.startswith((".", "/", "~")) or model.endswith((".pth", ".pt", ".safetensors"))
+    looks_like_path = model.endswith((".pth", ".pt", ".safetensors")) or ("/" in model and ":" not in model)
     if looks_like_path and not Path(model).expanduser().exists():
         return Check(key, "error", f"{key}: nothing at {shown(model)}; `python cluster/launch.py list` shows all runs")
     return Check(key, "ok", f"{key}: {shown(model) if looks_like_path else model}")
@@ -110,7 +112,7 @@ def shards_check(key: str, shards: str | Sequence[str]) -> Check:
             return Check(
                 key, "error", f"{key}: no shards at {shown(path)}\n       make them: {make_command(shown(path))}"
             )
-        if path.is_dir() and not any(path.glob("*.tar")) and not any(path.glob("*.np[yz]")):
+        if path.is_dir() and not any(path.glob("*.tar")) and not (path / "features.pt").is_file():  # SATNet's Sudokus
             inside = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(sub.glob("*.tar")))
             remedy = f"did you mean {shown(path / inside[0])}?" if inside else f"make them: {make_command(shown(path))}"
             return Check(key, "error", f"{key}: no *.tar in {shown(path)}\n       {remedy}")

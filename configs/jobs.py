@@ -28,6 +28,10 @@ class EvaluationConfig(Section):
     seed: NonNegativeInt = Field(0, description="of every random choice")
     cluster: Cluster = Cluster()
 
+    def lacking(self) -> list[str]:
+        """Keys without which there is nothing to evaluate: not given, and without a default."""
+        return [] if self.data is not None else ["data"]
+
 
 class BackboneConfig(EvaluationConfig):
     """How the backbone of an evaluation is read."""
@@ -84,6 +88,11 @@ class ObjectDiscoveryConfig(BackboneConfig):
     image: str | None = Field(None, description="segment this picture instead of scoring a data set")
     workers: PositiveInt | None = Field(None, description="threads of decoding and clustering; default: all cores")
 
+    def lacking(self) -> list[str]:
+        if self.image is not None:
+            return []
+        return super().lacking() + (["preset"] if self.preset is None and None in (self.size, self.k) else [])
+
     @field_validator("preset")
     @classmethod
     def _check_preset(cls, name: str | None) -> str | None:
@@ -124,6 +133,9 @@ class LinearProbeConfig(BackboneConfig):
     cache_dir: str | None = Field(None, description="folder for features; default: in the results' folder")
     keep_features: bool = Field(False, description="leave the features there, with their keys in order")
 
+    def lacking(self) -> list[str]:
+        return super().lacking() + ([] if self.train is not None else ["train"])
+
     @field_validator("segmentation")
     @classmethod
     def _check_preset(cls, name: str | None) -> str | None:
@@ -149,6 +161,9 @@ class SudokuConfig(EvaluationConfig):
     finish: bool = Field(False, description="stop a puzzle at the first start whose board breaks no rule")
     puzzle: str | None = Field(None, description="solve this puzzle of 81 characters instead of scoring a set")
     animate: bool = Field(True, description="write an animation of a board being solved")
+
+    def lacking(self) -> list[str]:
+        return [] if self.puzzle is not None else super().lacking()
 
 
 class RobustnessConfig(EvaluationConfig):

@@ -101,6 +101,12 @@ def test_an_evaluation_needs_a_backbone(place: Path) -> None:
         launch.main(["probe.yaml", "ckpt=./nowhere.pth"])
     with pytest.raises(UserError, match=r"downstream\.0\.also: nothing at"):
         launch.main(["run.yaml", "downstream=[{job: object_discovery, data: shards, also: [./nowhere.pth]}]"])
+    with pytest.raises(UserError, match="ckpt: nothing at runs/nowhere"):
+        launch.main(["probe.yaml", "ckpt=runs/nowhere"])
+    with pytest.raises(UserError, match=r"data: is not given, and linear_probe needs it \(missing as well: train\)"):
+        launch.main(["probe.yaml", "ckpt=resnet50"])
+    with pytest.raises(UserError, match=r"downstream\.0\.preset: is not given, and object_discovery needs it"):
+        launch.main(["run.yaml", "downstream=[{job: object_discovery, data: shards}]"])
     with pytest.raises(UserError, match="cifar10c: no folder arrays"):
         launch.main(["robustness.yaml", "ckpt=resnet50", "data=shards", "cifar10c=arrays"])
 
@@ -220,7 +226,7 @@ def test_a_sweep_on_slurm_is_one_array_with_its_evaluations_behind(
 
     monkeypatch.setattr(executor, "submit_slurm", submit)
     monkeypatch.setattr(slurm, "partitions", lambda name: [slurm.Partition("a", True, None, 4, 64, 256_000, {})])
-    downstream = "downstream=[{job: object_discovery, data: shards}]"
+    downstream = "downstream=[{job: object_discovery, preset: voc, data: shards}]"
     sweep_lr = ["--sweep", "optimizer.lr=1e-3,3e-4"]
     assert launch.main(["run.yaml", "cluster.executor=slurm", downstream, *sweep_lr]) == 0
     assert submitted[0] == (2, "")
@@ -312,6 +318,11 @@ def test_a_run_that_saved_nothing_may_still_become_another(place: Path) -> None:
     (home / "checkpoints" / "step_00000010").mkdir(parents=True)
     with pytest.raises(UserError, match=r"runs/r was begun with other settings, .*views\.size: 48 -> 32"):
         launching.check_folder(configs.load("run.yaml"), home)
+
+
+def test_init_from_a_file_that_holds_no_weights(place: Path) -> None:
+    with pytest.raises(UserError, match=r"init_from: no weights at run\.yaml; give a run or an export"):
+        launch.main(["run.yaml", "init_from=run.yaml"])
 
 
 def test_a_run_does_not_become_shorter_than_it_is(place: Path) -> None:

@@ -37,6 +37,9 @@ def test_shards_that_are_there(tmp_path: Path) -> None:
     assert shards_check("k", f"{tmp_path}/set/a-{{000..002}}.tar").level == "ok"
     assert shards_check("k", f"{tmp_path}/set/b-{{000..002}}.tar").level == "error"
     assert shards_check("k", "s3://bucket/set-{000..002}.tar").level == "ok"
+    (tmp_path / "satnet").mkdir()
+    (tmp_path / "satnet" / "features.pt").touch()
+    assert shards_check("k", str(tmp_path / "satnet")).level == "ok"
     assert "is an empty list" in shards_check("k", []).text
     assert "wildcards as in *.tar are not expanded" in shards_check("k", f"{tmp_path}/set/*.tar").text
 

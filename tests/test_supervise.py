@@ -22,6 +22,8 @@ from configs import UserError
 
 TESTS = Path(__file__).parent
 
+OBJECTS = "{job: object_discovery, preset: tetrominoes, data: shards}"
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -185,7 +187,7 @@ def test_an_evaluation_ends_at_once(place: Path, monkeypatch: pytest.MonkeyPatch
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press).start()
-    assert launch.main(["run.yaml", "downstream=[{job: object_discovery, data: shards}]"]) == 130
+    assert launch.main(["run.yaml", f"downstream=[{OBJECTS}]"]) == 130
     assert state_of(latest(home)["object_discovery"]).name == "stopped"
     assert launch.main(["resume", "r", "--detach"]) == 0
     wait_for(evaluates)
@@ -257,7 +259,7 @@ def _start(pid: int) -> float:
     return started_at(pid) or -1.0
 
 
-CHAIN = "downstream=[{job: object_discovery}, {job: linear_probe}]"
+CHAIN = f"downstream=[{OBJECTS}, {{job: linear_probe, train: shards, data: shards}}]"
 
 
 def test_the_chain_runs_in_order_and_ends_with_the_report(place: Path) -> None:
@@ -301,10 +303,11 @@ def test_a_broken_link_is_started_again_where_it_broke(
 
 def test_an_evaluation_runs_on_many_processes(place: Path) -> None:
     (place / "probe.yaml").write_text(
-        "job: linear_probe\nckpt: resnet_x/y\ncluster: {executor: local, processes: 3, gpus: 0}\n"
+        "job: linear_probe\nckpt: shards\ntrain: shards\ndata: shards\nout: found\n"
+        "cluster: {executor: local, processes: 3, gpus: 0}\n"
     )
     assert launch.main(["probe.yaml"]) == 0
-    result = json.loads((place / "results" / "linear_probe" / "resnet_x_y" / "results.json").read_text())
+    result = json.loads((place / "found" / "results.json").read_text())
     assert result["WORLD_SIZE"] == "3"
     assert result["MASTER_ADDR"] == "127.0.0.1"
 
