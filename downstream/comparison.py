@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from downstream.results import paired_bootstrap, read
+from downstream.results import files_in, paired_bootstrap, read
 
 SEED = re.compile(r"[-_]seed-\d+")
 DECIDING = "FG-ARI"  # the score whose differences get an interval, where there is one
@@ -67,7 +67,7 @@ def _read(run: Path) -> dict[str, Any]:
     data = None
     commits = []
     protocol: dict[str, Any] = {}
-    for path in sorted({*run.glob("downstream/*/results.json"), *run.glob("results.json")}):
+    for path in files_in(run):
         result = read(path)
         suffix = "" if path.parent.name in (result["task"], run.name) else f", {path.parent.name}"
         own = ""

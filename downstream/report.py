@@ -52,7 +52,7 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     from downstream import page
 
     for folder in runs:
-        if not (folder / "config.yaml").is_file() and not any(folder.glob("**/results.json")):
+        if not (folder / "config.yaml").is_file() and not results.files_in(folder):
             raise UserError(f"{folder} is no run (no config.yaml) and holds no results.json")
     read = [_Run(folder) for folder in runs]
     body = [
@@ -77,8 +77,7 @@ class _Run:
         self.metrics = _lines(folder / "metrics.jsonl")
         self.observed = _lines(folder / "observed.jsonl")
         self.events = _lines(folder / "events.jsonl")
-        found = sorted({*folder.glob("downstream/*/results.json"), *folder.glob("results.json")})
-        self.results = [(path.parent, results.read(path)) for path in found]
+        self.results = [(path.parent, results.read(path)) for path in results.files_in(folder)]
 
     def body(self, of: int) -> list[str]:
         from downstream import page

@@ -54,6 +54,11 @@ def write(folder: Path, task: str, config: Section, protocol: dict[str, Any], **
     return write_json(folder / "results.json", document)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The results.json files of a run's evaluations, or that of a folder of results."""
+    return sorted([*folder.glob("downstream/*/results.json"), *folder.glob("results.json")])
+
+
 def read(path: Path) -> dict[str, Any]:
     """What a results.json holds.
 

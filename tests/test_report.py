@@ -112,6 +112,8 @@ def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
     assert "Comparison" in out.read_text()
     with pytest.raises(UserError, match="is no run"):
         report.write([tmp_path / "none"], out)
+    with pytest.raises(UserError, match="is no run"):  # but a folder of runs
+        report.write([other.parent], tmp_path / "none.html")
 
 
 def test_curves_are_thinned_without_losing_their_course() -> None:
