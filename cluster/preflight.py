@@ -142,6 +142,11 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
+def _gib(amount: float) -> str:
+    """Two digits, or the whole number where it has more."""
+    return f"{amount:,.0f} GiB" if amount >= 10 else f"{amount:.2g} GiB"
+
+
 def home_checks(config: AnyJob, home: Path) -> Iterator[Check]:
     """The run's folder can be written, and has room for the checkpoints."""
     folder = _existing(home.absolute())
@@ -154,14 +159,14 @@ def home_checks(config: AnyJob, home: Path) -> Iterator[Check]:
         )
         return
     free = shutil.disk_usage(folder).free / 2**30
-    yield Check("folder", "ok", f"{shown(home)} can be written, {free:,.0f} GiB free")
+    yield Check("folder", "ok", f"{shown(home)} can be written, {_gib(free)} free")
     if isinstance(config, PretrainConfig) and (each := checkpoint_gib(config)) is not None:
         # One more than are kept, since the old one goes when the new one is whole.
         needed = each * (config.checkpoints.keep_last + 1)
-        text = f"checkpoints: about {each:.2g} GiB each, {needed:.2g} GiB at once"
+        text = f"checkpoints: about {_gib(each)} each, {_gib(needed)} at once"
         if needed > free:
             yield Check(
-                "disk", "error", f"{text}, but {free:.2g} GiB are free; use runs_dir=... or checkpoints.keep_last=1"
+                "disk", "error", f"{text}, but {_gib(free)} are free; use runs_dir=... or checkpoints.keep_last=1"
             )
         else:
             yield Check("disk", "ok", text)
@@ -175,12 +180,12 @@ def memory_check(config: PretrainConfig, plan: Plan, resources: Resources) -> Ch
     kind = (resources.cluster.gpu_type or "").lower()
     have = next((gib for name, gib in GPU_GIB.items() if name in kind), None)
     if resources.gpus == 0 or have is None:
-        return Check("memory", "ok", f"memory: about {need:.2g} GiB per process")
+        return Check("memory", "ok", f"memory: about {_gib(need)} per process")
     if need > have:
         micro = max(1, int((config.compute.micro_batch or plan.batch_per_process) * have / need / 2))
         remedy = f"set compute.micro_batch={micro} (same result)"
-        return Check("memory", "warning", f"memory: about {need:.3g} GiB per process, a {kind} has {have}; {remedy}")
-    return Check("memory", "ok", f"memory: about {need:.2g} GiB per process of the {kind}'s {have}")
+        return Check("memory", "warning", f"memory: about {_gib(need)} per process, a {kind} has {have}; {remedy}")
+    return Check("memory", "ok", f"memory: about {_gib(need)} per process of the {kind}'s {have}")
 
 
 def version_checks() -> Iterator[Check]:
