@@ -11,8 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.models.akorn import AKOrN
+from pretrain.models.classifier import KuramotoClassifier
 from pretrain.models.oscillators import oscillators_of, state_of
 from pretrain.models.registry import MODELS
+from pretrain.models.sudoku import SudokuNet
 
 SMALL: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_steps": 3,
                          "num_classes": 0}  # fmt: skip
@@ -241,6 +243,12 @@ def test_runs_on_fake_cuda_tensors(name: str, training: bool) -> None:
             seen = model.forward_oscillators(images, start, energy=True)
             assert seen.energy[0].device.type == "cuda"
             assert model(torch.randn(2, 3, 40, 32, device="cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("kind", [KuramotoClassifier, SudokuNet])
+def test_a_misspelt_omega_is_none_of_the_kinds(kind: Any) -> None:
+    with pytest.raises(ValueError, match="omega 'globel' is unknown: one of none, pair, global"):
+        kind(embed_dim=16, omega="globel")
 
 
 def test_wrong_arguments_name_the_choices() -> None:

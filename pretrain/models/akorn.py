@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pretrain.models.backbone import PatchBackbone, Size, map_of, per_block
 from pretrain.models.connectivity import Grid, make_coupling
-from pretrain.models.kuramoto import KuramotoLayer, Omega, Readout
+from pretrain.models.kuramoto import KuramotoLayer, Readout, make_omega
 from pretrain.models.oscillators import OscillatorOutput, Recorder, Starts
 from pretrain.models.positions import resample_tokens, sine_cosine
 
@@ -94,7 +94,6 @@ class AKOrN(PatchBackbone, Starts):
         )  # fmt: skip
         for name, value, known in (
             ("positions", positions, ("gta", "abs", "none")),
-            ("omega", omega, ("none", "pair", "global")),
             ("carry", carry, ("identity", "linear")),
         ):
             if value not in known:
@@ -107,9 +106,7 @@ class AKOrN(PatchBackbone, Starts):
         grid = self.grid if positions == "gta" else None
 
         def make_block(i: int, kind: str, kernel: int, steps: int) -> KuramotoBlock:
-            frequencies = None
-            if omega != "none":
-                frequencies = Omega(embed_dim, n, shared=omega == "global", init=omega_init, learned=learn_omega)
+            frequencies = make_omega(omega, embed_dim, n, init=omega_init, learned=learn_omega)
             layer = KuramotoLayer(
                 embed_dim, n, make_coupling(kind, embed_dim, num_heads=num_heads, grid=grid, kernel_size=kernel),
                 num_steps=steps, gamma=gamma, c_norm=c_norm, omega=frequencies, projection=projection, norm=norm,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, Size, map_of, per_block, tokens_of
 from pretrain.models.connectivity import Grid, make_coupling
-from pretrain.models.kuramoto import TINY, KuramotoLayer, Omega, squared_norm
+from pretrain.models.kuramoto import TINY, KuramotoLayer, make_omega, squared_norm
 from pretrain.models.oscillators import OscillatorOutput, Recorder, Starts
 
 LEVEL_PARTS = ("kuramoto", "readout")
@@ -165,9 +165,7 @@ class KuramotoClassifier(Backbone, Starts):
 
         def make_stage(i: int, kind: str, kernel: int, steps: int) -> Stage:
             dim = embed_dim * 2**i
-            frequencies = None
-            if omega != "none":
-                frequencies = Omega(dim, n, shared=omega == "global", init=omega_init, learned=True)
+            frequencies = make_omega(omega, dim, n, init=omega_init)
             layer = KuramotoLayer(
                 dim, n, make_coupling(kind, dim, num_heads=num_heads, grid=grids[i], kernel_size=kernel),
                 num_steps=steps, gamma=gamma, c_norm=c_norm, omega=frequencies, projection=projection, norm=norm,

@@ -171,6 +171,13 @@ class Omega(nn.Module):
         return torch.linalg.vector_norm(self.vector, dim=0)
 
 
+def make_omega(kind: str, dim: int, n: int, *, init: float, learned: bool = True) -> Omega | None:
+    """The frequencies named `kind`: "pair", "global" or "none"."""
+    if kind not in ("none", "pair", "global"):
+        raise ValueError(f"omega {kind!r} is unknown: one of none, pair, global")
+    return None if kind == "none" else Omega(dim, n, shared=kind == "global", init=init, learned=learned)
+
+
 class ScaleBias(nn.Module):
     """`sandb`: scale and bias per channel."""
 

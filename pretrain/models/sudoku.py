@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pretrain.models.backbone import initialise
 from pretrain.models.connectivity import AttentionCoupling
 from pretrain.models.itrsa import ItrSABlock, ItrSABlocks, make_norm
-from pretrain.models.kuramoto import KuramotoLayer, Omega, Readout
+from pretrain.models.kuramoto import KuramotoLayer, Readout, make_omega
 from pretrain.models.oscillators import OscillatorOutput, Recorder, Starts
 
 GRID = (9, 9)
@@ -103,9 +103,7 @@ class SudokuNet(Starts):
         if kind == "akorn":
 
             def make_block() -> SudokuBlock:
-                frequencies = None
-                if omega != "none":
-                    frequencies = Omega(embed_dim, n, shared=omega == "global", init=omega_init, learned=True)
+                frequencies = make_omega(omega, embed_dim, n, init=omega_init)
                 layer = KuramotoLayer(
                     embed_dim, n, AttentionCoupling(embed_dim, num_heads, GRID), num_steps=num_steps, gamma=gamma,
                     c_norm="none", omega=frequencies, self_drift=self_drift,
