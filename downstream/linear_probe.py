@@ -23,6 +23,7 @@ from configs.errors import run as run_entry
 from configs.flags import parse
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from downstream.encoder import Control, Encoder
@@ -244,7 +245,7 @@ class _Probing:
         )  # fmt: skip
         return {"features": kind, **{str(k): accuracy for k, accuracy in found.items()}}
 
-    def _device(self) -> Any:
+    def _device(self) -> torch.device:
         return next(iter(self.encoders.values())).device
 
 

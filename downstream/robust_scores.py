@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from downstream.attacks.square import square
 from downstream.attacks.victim import Victim
 from downstream.classifier import Classifier, Labelled
 from downstream.voting import interval
+
+Found = TypeVar("Found")
 
 _FRESH = 7919  # added to the seed for starts that no attack has seen
 
@@ -63,7 +65,7 @@ class Trial:
         """The classifier on starts that no attack has seen."""
         return self.classifier.victim(self.config.starts, seed=self.config.seed + _FRESH)
 
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+    def timed(self, name: str, work: Callable[[], Found]) -> Found:
         """Run a part, note its seconds, say that it is done."""
         began = time.monotonic()
         found = work()

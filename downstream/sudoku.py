@@ -25,6 +25,7 @@ from configs.flags import parse
 if TYPE_CHECKING:
     from downstream.rollout import Rollouts
     from downstream.solver import Solver
+    from downstream.sudoku_scores import Tally
     from pretrain.data.sudoku.generator import Puzzles
 
 TASK = "sudoku"
@@ -59,8 +60,8 @@ def run(config: SudokuConfig, *, out_dir: Path | None = None) -> dict[str, Any]:
     return {**document, "path": str(path)}
 
 
-def score_set(solver: Solver, puzzles: Puzzles, config: SudokuConfig) -> Any:
-    """Run all puzzles in blocks; returns a tally (sudoku_scores.Tally)."""
+def score_set(solver: Solver, puzzles: Puzzles, config: SudokuConfig) -> Tally:
+    """Run all puzzles in blocks."""
     from downstream.rollout import roll_out
     from downstream.sudoku_scores import Tally
 
@@ -100,7 +101,7 @@ def protocol_of(config: SudokuConfig, solver: Solver, puzzles: Puzzles) -> dict[
     }
 
 
-def draw(out: Path, solver: Solver, puzzles: Puzzles, tally: Any, config: SudokuConfig) -> None:
+def draw(out: Path, solver: Solver, puzzles: Puzzles, tally: Tally, config: SudokuConfig) -> None:
     """curves.png, energy.png and board.gif, where there is something to draw."""
     from downstream import board_pictures
 

@@ -9,13 +9,14 @@ this rank's samples at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from configs.schema import PretrainConfig
     from pretrain.data.batch import Batch
+    from pretrain.data.fetch import Transform
 
 
 class Task(Protocol):
@@ -36,8 +37,8 @@ class Task(Protocol):
         ...
 
     @property
-    def transform(self) -> Any:
-        """What the loader does to a sample on the host (pretrain/data/fetch.py); picklable and pure."""
+    def transform(self) -> Transform:
+        """What the loader does to a sample on the host; picklable and pure."""
         ...
 
     @property
