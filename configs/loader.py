@@ -202,19 +202,16 @@ def load(name: str | Path, overrides: Sequence[str] = (), *, foreign: ModelCheck
     document = read(find(name))
     for override in overrides:
         _override(document, override)
-    return validate(document, foreign)
+    return _checked(document, foreign)
 
 
-def validate(document: _Document, foreign: ModelCheck | None = None) -> AnyJob:
-    """Check plain data against the schema of its `job` (pretrain where it has none)."""
+def _checked(document: _Document, foreign: ModelCheck | None) -> AnyJob:
+    """Plain data as the schema of its `job` has it (pretrain where it has none); pydantic's errors as one `UserError`
+    of a line for each value."""
     job = document.data.get("job", "pretrain")
     if str(job) not in JOBS:
         raise UserError(f"{document.place(('job',))}: job: {job!r} is no job" + nearest(str(job), list(JOBS)))
-    return check(JOBS[str(job)], document, foreign)
-
-
-def check(schema: type[Any], document: _Document, foreign: ModelCheck | None = None) -> Any:
-    """Validate `document` against `schema`, turning pydantic's errors into one `UserError` of a line per error."""
+    schema = JOBS[str(job)]
     try:
         return schema.model_validate_json(json.dumps(document.data), context=foreign)
     except ValidationError as error:
