@@ -55,7 +55,7 @@ def parse(
         if rest:
             given[spill[1]] = rest + given.get(spill[1], [])
     job, own = read(find(source)).data.get("job", "pretrain"), schema.model_fields["job"].default
-    loaded = load(source, [*_overrides(schema, given), *overrides]) if job == own else None
+    loaded = load(source, overrides, flags=_overrides(schema, given)) if job == own else None
     if not isinstance(loaded, schema):
         raise UserError(f"{source} describes the job {job!r}, this is {own}: give another --config, or none")
     return loaded
@@ -78,25 +78,23 @@ def _add(parser: argparse.ArgumentParser, name: str, annotation: Any, field: Any
     parser.add_argument(flag, **options)
 
 
-def _overrides(schema: type[Section], given: dict[str, Any]) -> list[str]:
-    """Flags as the loader's `key=value` strings."""
-    lines = []
+def _overrides(schema: type[Section], given: dict[str, Any]) -> dict[str, str]:
+    """The loader's `key=value` strings, each with the flag as it was given."""
+    lines: dict[str, str] = {}
     for name, value in given.items():
-        annotation = schema.model_fields[name].annotation
+        annotation, flag = schema.model_fields[name].annotation, "--" + name.replace("_", "-")
         if _is_mapping(annotation):
-            for pair in value:
-                if "=" not in pair:
-                    raise UserError(f"--{name.replace('_', '-')} {pair}: expected key=value")
-                lines.append(f"{name}.{pair}")
+            lines |= {f"{name}.{pair}": f"{flag} {pair}" for pair in value}
         elif isinstance(value, list):
             single = str in _members(annotation) and len(value) == 1
             items = [json.dumps(item) if _texts(annotation) else item for item in value]
-            lines.append(f"{name}={items[0] if single else '[' + ', '.join(items) + ']'}")
+            lines[f"{name}={items[0] if single else '[' + ', '.join(items) + ']'}"] = f"{flag} {' '.join(value)}"
         elif isinstance(value, bool):
-            lines.append(f"{name}={str(value).lower()}")
+            lines[f"{name}={str(value).lower()}"] = flag
         else:
             quoted = _texts(annotation) and value.lower() not in ("none", "null")
-            lines.append(f"{name}={json.dumps(value) if quoted else 'null' if value.lower() == 'none' else value}")
+            text = json.dumps(value) if quoted else "null" if value.lower() == "none" else value
+            lines[f"{name}={text}"] = f"{flag} {value}"
     return lines
 
 

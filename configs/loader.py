@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class _Document:
     def place(self, path: KeyPath) -> str:
         """Where the key at `path` was written: in an override at or below it, in the file, or in the nearest above."""
         for place_path, place in self.places.items():
-            if path and place.startswith("override") and place_path[: len(path)] == path:
+            if path and not place.startswith(f"{self.source}:") and place_path[: len(path)] == path:
                 return place
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
@@ -154,12 +154,11 @@ def _collect_places(node: yaml.Node, path: KeyPath, source: str, places: dict[Ke
             _collect_places(item, (*path, position), source, places)
 
 
-def _override(document: _Document, override: str) -> None:
+def _override(document: _Document, override: str, source: str) -> None:
     """Set one `a.b.c=value` in the plain data; sections on the way are made where they are missing."""
     key, separator, text = override.partition("=")
     if not separator or not key or any(not part for part in key.split(".")):
-        raise UserError(f"override {override!r}: expected key=value, e.g. optimizer.lr=1e-3")
-    source = f"override {override!r}"
+        raise UserError(f"{source}: expected key=value, e.g. optimizer.lr=1e-3")
     value = _parse(f"value: {text}" if text else "value: null", source).data["value"]
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
     target: Any = document.data
@@ -188,20 +187,27 @@ def _enter(target: Any, part: str | int, where: str, **assign: Any) -> Any:
     return target[part]
 
 
-def load(name: str | Path, overrides: Sequence[str] = (), *, foreign: ModelCheck | None = None) -> AnyJob:
+def load(
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    flags: Mapping[str, str] | None = None,
+    foreign: ModelCheck | None = None,
+) -> AnyJob:
     """Load and check a configuration.
 
     Args:
         name: a path, or the bare name of a file in configs/.
         overrides: `key=value` strings; keys are dotted paths, values are YAML.
+        flags: further overrides, which come first, each with the flag that the user gave for it.
         foreign: is asked about a model that is not of this project; None: any name will do.
 
     Raises:
-        UserError: names file and line (or override), key, value, and the nearest valid key.
+        UserError: names file and line (or override, or flag), key, value, and the nearest valid key.
     """
     document = read(find(name))
-    for override in overrides:
-        _override(document, override)
+    for override, source in [*(flags or {}).items(), *((text, f"override {text!r}") for text in overrides)]:
+        _override(document, override, source)
     return _checked(document, foreign)
 
 

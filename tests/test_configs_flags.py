@@ -35,13 +35,15 @@ def test_text_stays_text_and_lists_stay_lists() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--k", "many"), "k: .*many"),
-        (("--preset", "tetromino"), "tetrominoes"),
+        (("--k", "many"), '--k many: k: .*not "many"'),
+        (("--preset", "tetromino"), "--preset tetromino: preset: no protocol 'tetromino'; did you mean 'tetrominoes'"),
+        (("--controls", "none"), r"--controls none: controls\.0: input should be 'random'"),
+        (("k=many",), "override 'k=many': k: "),
         (("--method", "linkag"), "linkag"),
         (("--config", "linear_probe"), "describes the job 'linear_probe'"),
         (("--config", "pretrain", "--ckpt", "a"), "pretrain describes the job 'pretrain', this is object_discovery"),
         (("pset=voc",), "preset"),
-        (("--args", "T"), "expected key=value"),
+        (("--args", "T"), "--args T: expected key=value"),
     ],
 )
 def test_errors_name_key_and_remedy(argv: tuple[str, ...], message: str) -> None:
