@@ -29,7 +29,8 @@ def segment_picture(config: ObjectDiscoveryConfig, out: Path) -> dict[str, Any]:
     try:
         photo = to_float(decode_image(Path(config.image).read_bytes()))
     except (OSError, BrokenImageError) as error:
-        raise UserError(f"{config.image} cannot be read as a picture: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{config.image} cannot be read as a picture: {reason}") from error
     preset = discovery.preset_of(config) if config.preset else Preset(config.size or 256, config.k or 4)
     size = config.size or config.input_size or preset.size
     encoder = load(
@@ -50,7 +51,6 @@ def segment_picture(config: ObjectDiscoveryConfig, out: Path) -> dict[str, Any]:
 
 
 def _write_pair(path: Path, image: Tensor, tinted: Tensor) -> None:
-
     photo = (image * 255).byte().permute(1, 2, 0).numpy()
     pair = Image.fromarray(np.concatenate([photo, tinted.numpy()], axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,10 +55,8 @@ def write(runs: Sequence[Path], out: Path) -> Path:
         if not (folder / "config.yaml").is_file() and not results.files_in(folder):
             raise UserError(f"{folder} is no run (no config.yaml) and holds no results.json")
     read = [_Run(folder) for folder in runs]
-    body = [
-        page.text("") if len(read) == 1 else _comparison(read),
-        *(part for one in read for part in one.body(len(read))),
-    ]
+    body = [] if len(read) == 1 else [_comparison(read)]
+    body += [part for one in read for part in one.body(len(read))]
     title = " and ".join(one.name for one in read)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
