@@ -2,9 +2,9 @@
 
 Owns: the decay over time and the averaged copies. The decay ramps up by the formula of ema_pytorch to its largest
 value, 1 - (1 + updates)^(-2/3): a constant one near 1 would leave a short run with nearly untrained weights. Deviation:
-updates are the averages taken, there the steps; with `every` 10 its ramp is ten times as fast, and its average of a
-short run reaches further back. Each rank averages what it holds of the weights (all of them below ZeRO stage 3, its
-part there). Buffers (BatchNorm's statistics) are averages already and are taken as they are.
+updates are the averages taken here, and the steps there; with `every` 10 ema_pytorch ramps up ten times as fast, and
+its average of a short run reaches further back than ours. Each rank averages what it holds of the weights (all of them
+below ZeRO stage 3, its part there). Buffers (BatchNorm's statistics) are averages already and are taken as they are.
 """
 
 from __future__ import annotations

@@ -277,8 +277,8 @@ class PatchBackbone(Backbone):
 
 
 def _pool_type(global_pool: str) -> str:
-    """timm's name of a pooling that reduces over the map directly."""
+    """timm's name of a pooling: over the map directly, but for the maximum, whose adjoint writes one value only."""
     name = global_pool.removeprefix("fast")
     if name not in POOLS:
         raise ValueError(f"global_pool {global_pool!r} is unknown: max, avg, avgmax, catavgmax or '' for none")
-    return f"fast{name}" if name else ""
+    return f"fast{name}" if name not in ("", "max") else name
