@@ -7,7 +7,6 @@ exported, are errors and never random features.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from configs.errors import UserError
 from downstream.encoder import Control, Encoder, apply_control
 from pretrain import kernels
 from pretrain.distributed import own_device
+from pretrain.export import exported
 
 
 def load(
@@ -98,18 +98,10 @@ class _Source:
         return self._of_timm(self.ckpt)
 
     def _of_folder(self) -> nn.Module:
-        if (self.path / "model.safetensors").is_file():
-            if self.path.name == "export":
-                self.label = self.path.resolve().parent.name
-            return self._of_export(self.path)
-        if (self.path / "export" / "model.safetensors").is_file():
-            return self._of_export(self.path / "export")
-        if (self.path / "checkpoints").is_dir() or (self.path / "manifest.json").is_file():
-            from pretrain.export import export
-
-            with tempfile.TemporaryDirectory() as folder:
-                return self._of_export(export(self.path, Path(folder) / "export"))
-        raise UserError(f"{self.ckpt} holds neither an export (model.safetensors) nor checkpoints")
+        if self.path.name == "export":
+            self.label = self.path.resolve().parent.name
+        with exported(self.path) as folder:
+            return self._of_export(folder)
 
     def _of_export(self, folder: Path) -> nn.Module:
         from pretrain import fingerprint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from configs.errors import UserError
 from downstream.attacks.victim import Victim
 from downstream.backbone import refuse_arguments
 from pretrain.distributed import own_device
+from pretrain.export import exported
 
 
 @dataclass(frozen=True)
@@ -72,33 +72,22 @@ def load(
     return Classifier(model, name, tuple(cfg["mean"]), tuple(cfg["std"]), num_classes, where)
 
 
-def _of_folder(path: Path) -> Any:
-    for folder in (path / "export", path):
-        if (folder / "config.json").is_file():
-            return _exported(folder, path)
-    if (path / "checkpoints").is_dir():
-        from pretrain.export import export
-
-        with tempfile.TemporaryDirectory() as folder_name:
-            return _exported(export(path, Path(folder_name) / "export"), path)
-    raise UserError(f"{path} is neither a run nor an export: it has no config.json and no checkpoints")
-
-
-def _exported(folder: Path, ckpt: Path) -> Any:
-    """The model in an export; errors name the checkpoint that the user gave."""
+def _of_folder(ckpt: Path) -> Any:
+    """The model of a run or an export; errors name the folder that the user gave."""
     import timm
 
     import pretrain  # noqa: F401  (registers the models of this project)
     from pretrain import fingerprint
     from pretrain.quiet import quiet
 
-    try:
-        with quiet():
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{ckpt} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if (folder / fingerprint.FILE).is_file():
-        fingerprint.check(model, folder)
+    with exported(ckpt) as folder:
+        try:
+            with quiet():
+                model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{ckpt} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if (folder / fingerprint.FILE).is_file():
+            fingerprint.check(model, folder)
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from configs.errors import UserError
 from downstream.backbone import refuse_arguments
 from pretrain.distributed import own_device
+from pretrain.export import exported
 from pretrain.models.sudoku import SudokuNet
 from pretrain.tasks.sudoku import make_model
 
@@ -56,15 +56,9 @@ def load(
     refuse_arguments(path, args or {})
     if path.is_file():
         net, description = _published(path, dict(args or {}))
-    elif (path / "export" / "config.json").is_file():
-        net, description = _exported(path / "export")
-    elif (path / "config.json").is_file():
-        net, description = _exported(path)
-    elif (path / "checkpoints").is_dir():
-        from pretrain.export import export
-
-        with tempfile.TemporaryDirectory() as folder:
-            net, description = _exported(export(path, Path(folder) / "export"))
+    elif path.is_dir():
+        with exported(path) as folder:
+            net, description = _exported(folder)
     else:
         raise UserError(f"no run, export or weights file {ckpt!r}; runs lie in runs/NAME")
     net = net.eval().requires_grad_(False).to(where)

@@ -13,10 +13,12 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError, run
@@ -59,6 +61,25 @@ def export(source: Path, out: Path, *, ema: bool = True) -> Path:
     (partial / "README.md").write_text(text)
     _put_in_place(partial, out)
     return out
+
+
+@contextlib.contextmanager
+def exported(folder: Path) -> Iterator[Path]:
+    """The export that a folder stands for: itself, that of a run, or for the time being one of the newest checkpoint.
+
+    Raises:
+        UserError: it is neither a run, nor a checkpoint, nor an export.
+    """
+    from pretrain import checkpoint
+
+    for place in (folder, folder / "export"):
+        if (place / "model.safetensors").is_file() and (place / "config.json").is_file():
+            yield place
+            return
+    if not (folder / "checkpoints").is_dir() and not checkpoint.is_checkpoint(folder):
+        raise UserError(f"{folder} is neither a run nor an export: it has no model.safetensors and no checkpoints")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield export(folder, Path(temporary) / "export")
 
 
 def _config(values: dict[str, Any]) -> PretrainConfig:

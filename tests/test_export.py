@@ -122,6 +122,18 @@ def test_an_export_says_at_which_size_it_was_trained(name: str, args: dict[str, 
     assert "test_input_size" not in model.pretrained_cfg or model.pretrained_cfg["test_input_size"] is None
 
 
+def test_a_folder_stands_for_an_export(run_dir: Path, tmp_path: Path) -> None:
+    saved, out = checkpoint.folder(run_dir, 7), export.export(run_dir, tmp_path / "run" / "export")
+    for folder in (out, out.parent):
+        with export.exported(folder) as found:
+            assert found == out
+    with export.exported(saved) as found:
+        assert (found / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert not found.exists()
+    with pytest.raises(UserError, match="neither a run nor an export"), export.exported(tmp_path):
+        pass
+
+
 def test_errors_name_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
     saved = checkpoint.newest(run_dir)
     with pytest.raises(UserError, match=r"is a checkpoint.*--out"):

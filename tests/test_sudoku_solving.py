@@ -108,6 +108,7 @@ def test_errors_say_what_to_do(arguments: list[str], message: str, exported: Pat
 def test_what_is_no_solver_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run, export or weights file"):
         load(str(tmp_path / "nothing"))
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     with pytest.raises(UserError, match="solves no Sudoku"):
         load(str(tmp_path))
