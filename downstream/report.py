@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write a report from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html of the first run)")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html, of several comparison.html, in the first)")
     parser.add_argument(
         "--table", type=Path, help="write scores as JSON (means over runs that differ in `seed-N` of their names, "
         "differences from the first) and print them as Markdown, instead of a page",
@@ -245,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(comparison.markdown(table := comparison.collect(arguments.runs)), end="")
         results.write_json(arguments.table, table)
         return 0
-    out = write(arguments.runs, arguments.out or arguments.runs[0] / "report.html")
+    name = "report.html" if len(arguments.runs) == 1 else "comparison.html"
+    out = write(arguments.runs, arguments.out or arguments.runs[0] / name)
     print(f"{out} ({out.stat().st_size / 2**20:.1f} MB)")
     return 0
 

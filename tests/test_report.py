@@ -110,6 +110,8 @@ def test_runs_are_compared(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other)
     out = report.write([run, other], tmp_path / "both.html")
     assert "Comparison" in out.read_text()
+    assert report.main([str(other), str(run)]) == 0
+    assert "Comparison" in (other / "comparison.html").read_text()  # its own report.html stays
     with pytest.raises(UserError, match="is no run"):
         report.write([tmp_path / "none"], out)
     with pytest.raises(UserError, match="is no run"):  # but a folder of runs
