@@ -233,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write a report from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html, of several comparison.html, in the first)")
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: RUN/report.html; of several comparison.html in the first)"
+    )
     parser.add_argument(
         "--table", type=Path, help="write scores as JSON (means over runs that differ in `seed-N` of their names, "
         "differences from the first) and print them as Markdown, instead of a page",
