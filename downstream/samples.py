@@ -61,7 +61,8 @@ class Samples:
         self.reader = ShardReader(self.index)
         lacking = [part for part in needs if part not in self.index.part_names]
         if lacking:
-            raise UserError(f"{location} has no part {', '.join(lacking)}: it holds {', '.join(self.index.part_names)}")
+            there, needed = ", ".join(self.index.part_names), ", ".join(lacking)
+            raise UserError(f"{location} has no part {needed}, which this evaluation needs: it holds {there}")
         self._masks = [part for part in (INSTANCES, CLASSES) if part in self.index.part_names]
         self._images = [part for part in self.index.part_names if part in IMAGE_PARTS]
         self._length = min(len(self.index), limit or len(self.index))
