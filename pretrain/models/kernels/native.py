@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.models.kernels import memory
 from pretrain.models.kernels.build import library
 
 if TYPE_CHECKING:
@@ -168,13 +169,14 @@ class _NativeLayer(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         given = (c, w_qkv, b_qkv, w_out, b_out, own, other, frequency)
         inputs = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
-        states = x.new_empty((plan.num_steps * keep + 1, B, N, C))
+        new = memory.kept.empty if keep else torch.empty
+        states = new((plan.num_steps * keep + 1, B, N, C), dtype=torch.float32)
         states[0].copy_(x)
         kept: list[Tensor | None] = [None] * 4
         if keep and not plan.recompute:
             shape = (plan.num_steps, B, N)
-            qkv, mixed = (x.new_empty((*shape, width), dtype=plan.dtype) for width in (3 * C, C))
-            drive = x.new_empty((*shape, C), dtype=plan.dtype) if plan.update else None
+            qkv, mixed = (new((*shape, width), dtype=plan.dtype) for width in (3 * C, C))
+            drive = new((*shape, C), dtype=plan.dtype) if plan.update else None
             kept = [qkv, mixed, drive, x.new_empty((plan.num_steps, B, plan.num_heads, N))]
         layer = _describe(states, inputs, kept, gamma, plan, valid, keep=keep)
         call("forward", plan.dtype, layer)
