@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.kernels import build, native
@@ -185,6 +185,29 @@ def test_same_bits_every_time_and_for_any_batch() -> None:
         whole = layer(x, c, (4, 4))
         assert torch.equal(whole, layer(x, c, (4, 4)))
         assert torch.equal(whole[4:], layer(x[4:], c[4:], (4, 4)))
+
+
+@needs_native
+@pytest.mark.parametrize("images", [1, 37])
+def test_gradients_have_the_same_bits_however_threads_share_the_images(images: int) -> None:
+    """Threads take images as they are ready; sums are over parts that do not depend on it."""
+    layer, readout = make_layer(64, 4, 4, (4, 4)), Readout(64, 4)
+    nn.init.normal_(readout.bias)
+    layer.kernel = readout.kernel = "native"
+    x, c = torch.randn(2, images, 16, 64).unbind()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = [
+            torch.autograd.grad(
+                readout(layer(x, c, (4, 4))).square().sum(), [*layer.parameters(), *readout.parameters()]
+            )
+            for _ in range(10)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
 def test_shapes_that_fit_no_vector_take_the_plain_path() -> None:

@@ -5,7 +5,7 @@
 
 namespace {
 
-// What the backward of one thread holds beside Scratch; and the sums over its images and all steps.
+// What the backward of one thread holds beside Scratch; and where it adds to the sums over images and steps.
 template <class E> struct BackScratch {
   float *ds, *dp, *d_oa, *d_heads, *w_qkv, *b_qkv, *w_out, *own, *other, *frequency;
   E *dsa, *dsp, *xp, *oa, *turned, *d_qkv, *keys, *dout, *doutp, *qb, *doutb, *pa, *da, *dsb;
@@ -30,20 +30,30 @@ template <class E> struct BackScratch {
     da = arena.take<E>(N * R);
     dsb = arena.take<E>(N * R);
     memset(dout, 0, heads * N * row * sizeof(E));
-    const size_t first = arena.used;
-    w_qkv = arena.take<float>(3 * C * C);
-    b_qkv = arena.take<float>(3 * C);
-    w_out = arena.take<float>(C * C);
-    own = arena.take<float>(4 * N * D);
-    other = arena.take<float>(4 * N * D);
-    frequency = arena.take<float>(C);
-    memset(arena.base + first, 0, arena.used - first);
+  }
+  // How many floats the sums over images are, where they lie from now on, and what they become in the end.
+  static long sums(const Layer& l) { return 4 * l.C * l.C + 3 * l.C + 8 * l.N * l.head() + l.C / 2; }
+  void sum_at(const Layer& l, float* at) {
+    const long C = l.C, table = 4 * l.N * l.head();
+    w_qkv = at, w_out = w_qkv + 3 * C * C, b_qkv = w_out + C * C, own = b_qkv + 3 * C, other = own + table;
+    frequency = other + table;
+  }
+  static void deliver(const Layer& l, const float* at) {
+    const long C = l.C, table = 4 * l.N * l.head();
+    add_to(l.d_w_qkv, at, 3 * C * C);
+    add_to(l.d_w_out, at += 3 * C * C, C * C);
+    add_to(l.d_b_qkv, at += C * C, 3 * C);
+    at += 3 * C;
+    if (l.gta) {
+      add_to(l.d_own, at, table);
+      add_to(l.d_other, at + table, table);
+    }
+    if (l.frequency) add_to(l.d_frequency, at + 2 * table, C / 2);
   }
   static size_t bytes(const Layer& l) {
     const long N = l.N, C = l.C, D = l.head(), W = l.group(), row = head_row<E>(D), heads = W / D;
     return 4 * (N * (C + W) + N * R + 3 * N * W) +
-           sizeof(E) * (N * (3 * C + 7 * W + D + (heads + 1) * row + 3 * R) + 2 * R * D) +
-           4 * (4 * C * C + 4 * C + 8 * N * D) + 24 * SLACK;
+           sizeof(E) * (N * (3 * C + 7 * W + D + (heads + 1) * row + 3 * R) + 2 * R * D) + 18 * SLACK;
   }
 };
 

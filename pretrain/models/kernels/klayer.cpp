@@ -21,7 +21,7 @@ template <class E> void forward(const Layer& l) {
     arena.reserve(Scratch<E>::bytes(l));
     if (sizeof(E) == 2) configure();
     Scratch<E> z(l);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long b = 0; b < l.B; b++)
       for (long t = 0; t < l.steps; t++) {
         point(l, z, t, b);
@@ -34,40 +34,32 @@ template <class E> void forward(const Layer& l) {
 
 template <class E> void backward(const Layer& l) {
   const Weights<E> w(l, true);
-  const long size = l.N * l.C, C = l.C, D = C / l.H;
+  const long size = l.N * l.C;
+  const Parts parts(l.B, l.threads, BackScratch<E>::sums(l));
+  std::vector<double> d_gamma(parts.count);
 #pragma omp parallel num_threads(l.threads)
   {
     arena.reserve(Scratch<E>::bytes(l) + BackScratch<E>::bytes(l));
     Scratch<E> z(l);
     BackScratch<E> y(l);
-    double d_gamma = 0;
     if (sizeof(E) == 2) configure();
-#pragma omp for schedule(static)
-    for (long b = 0; b < l.B; b++) {
-      if (l.d_stimulus) memset(l.d_stimulus + b * size, 0, size * 4);
-      for (long t = l.steps - 1; t >= 0; t--) {
-        point(l, z, t, b);
-        const float* x = l.states + (t * l.B + b) * size;
-        if (!l.qkv) forward_image(l, w, z, x, of_image(l, l.stimulus, b), y.ds);
-        backward_image(l, w, z, y, x, l.grad + b * size, of_image(l, l.d_stimulus, b), d_gamma);
+#pragma omp for schedule(dynamic)
+    for (long part = 0; part < parts.count; part++) {
+      y.sum_at(l, parts.zeroed(part));
+      for (long b = parts.first(part); b < parts.first(part + 1); b++) {
+        if (l.d_stimulus) memset(l.d_stimulus + b * size, 0, size * 4);
+        for (long t = l.steps - 1; t >= 0; t--) {
+          point(l, z, t, b);
+          const float* x = l.states + (t * l.B + b) * size;
+          if (!l.qkv) forward_image(l, w, z, x, of_image(l, l.stimulus, b), y.ds);
+          backward_image(l, w, z, y, x, l.grad + b * size, of_image(l, l.d_stimulus, b), d_gamma[part]);
+        }
       }
     }
     if (sizeof(E) == 2) release();
-    const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    for (int turn = 0; turn < all; turn++) {  // in order of the threads, so that sums are the same every time
-#pragma omp barrier
-      if (turn != me) continue;
-      add_to(l.d_w_qkv, y.w_qkv, 3 * C * C);
-      add_to(l.d_b_qkv, y.b_qkv, 3 * C);
-      add_to(l.d_w_out, y.w_out, C * C);
-      if (l.gta) {
-        add_to(l.d_own, y.own, 4 * l.N * D);
-        add_to(l.d_other, y.other, 4 * l.N * D);
-      }
-      if (l.frequency) add_to(l.d_frequency, y.frequency, C / 2);
-      *l.d_gamma += d_gamma;
-    }
   }
+  BackScratch<E>::deliver(l, parts.total(l.threads));
+  for (double each : d_gamma) *l.d_gamma += each;
 }
 
 }  // namespace

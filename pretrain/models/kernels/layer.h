@@ -51,6 +51,37 @@ inline void add_to(float* total, const float* part, long count) {
   for (long i = 0; i < count; i++) total[i] += part[i];
 }
 
+// Sums over parts of some items, each in memory of its own: threads take a part when they are ready for one, which matters
+// where cores are not equally fast, and the result is the same every time.
+struct Parts {
+  const long items, size, count;  // size: floats of a part's sums
+  float* const sums;
+  Parts(long items, long threads, long size)
+      : items(items), size((size + 15) / 16 * 16), count(parts(items, threads, size)), sums(space(count * this->size)) {}
+  // The items of a part are those from first(part) to first(part + 1).
+  long first(long part) const { return part * items / count; }
+  float* zeroed(long part) const { return (float*)memset(sums + part * size, 0, size * sizeof(float)); }
+  // Of all parts, in the place of the first one's.
+  const float* total(int threads) const {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i += 16)
+      for (long part = 1; part < count; part++) store(sums + i, add(load(sums + i), load(sums + part * size + i)));
+    return sums;
+  }
+
+ private:
+  // Eight for each thread if there are items for them, and fewer where they would need more than 256 MiB.
+  static long parts(long items, long threads, long size) {
+    const long fitting = std::max(threads, std::min(8 * threads, (64L << 20) / size));
+    return std::max(1L, std::min(items, fitting));
+  }
+  static float* space(long floats) {
+    static thread_local Arena kept;
+    kept.reserve(floats * sizeof(float) + SLACK);
+    return kept.take<float>(floats);
+  }
+};
+
 struct Layer {
   int64_t B, N, valid, C, n, H, steps;
   int64_t gta, update, projection, self_drift, keep, threads;  // update: of oscillators; 0: x <- c + J x, the coupling alone

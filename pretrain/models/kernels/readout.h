@@ -23,7 +23,7 @@ struct Readout {
 };
 
 template <class E> struct ReadoutScratch {
-  float *y, *d_w, *d_b;
+  float* y;
   E *xa, *dy, *packed, *turned;
   long stride;  // of y and dy: rows of a power of two would share few cache sets
   ReadoutScratch(const Readout& l) {
@@ -35,14 +35,10 @@ template <class E> struct ReadoutScratch {
     dy = arena.take<E>(TOKENS * stride);
     packed = arena.take<E>(TOKENS * C);
     turned = arena.take<E>(TOKENS * S);
-    const size_t first = arena.used;
-    d_w = arena.take<float>(S * C);
-    d_b = arena.take<float>(S);
-    memset(arena.base + first, 0, arena.used - first);
   }
   static size_t bytes(const Readout& l) {
     const long C = l.C, S = l.n * l.O;
-    return sizeof(E) * TOKENS * (2 * C + 2 * S + 32) + 4 * (TOKENS * (S + 32) + S * C + S) + 7 * SLACK;
+    return sizeof(E) * TOKENS * (2 * C + 2 * S + 32) + 4 * TOKENS * (S + 32) + 5 * SLACK;
   }
 };
 
@@ -60,7 +56,7 @@ template <class E> void readout_forward(const Readout& l) {
     arena.reserve(ReadoutScratch<E>::bytes(l));
     ReadoutScratch<E> z(l);
     if (sizeof(E) == 2) configure();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (long i = 0; i < l.M; i += ROWS) {
       const int count = std::min<long>(ROWS, l.M - i);
       E* kept = l.kept ? (E*)l.kept + i * S : nullptr;
@@ -106,36 +102,36 @@ template <class E> void readout_backward(const Readout& l) {
   const Operand<E> w = l.kept ? Operand<E>() : packed_weight<E>(l);
   Operand<E> back(S * C);
   pack(l.w, C, S, C, back.data());
+  const Parts parts((l.M + TOKENS - 1) / TOKENS, l.threads, S * C + S);
 #pragma omp parallel num_threads(l.threads)
   {
     arena.reserve(ReadoutScratch<E>::bytes(l));
     ReadoutScratch<E> z(l);
     if (sizeof(E) == 2) configure();
-#pragma omp for schedule(static)
-    for (long i = 0; i < l.M; i += TOKENS) {
-      const int count = std::min<long>(TOKENS, l.M - i);
-      const float *x = l.x + i * C, *g = l.grad + i * l.O;
-      if (!l.kept) product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
-      for (int r = 0; r < count; r++, g += l.O) {
-        float* y = z.y + r * z.stride;
-        if (l.kept)
-          norms_back(l, (const E*)l.kept + (i + r) * S, nullptr, g, y, z.d_b);
-        else
-          norms_back(l, y, l.b, g, y, z.d_b);
+#pragma omp for schedule(dynamic)
+    for (long part = 0; part < parts.count; part++) {
+      float *d_w = parts.zeroed(part), *d_b = d_w + S * C;
+      for (long i = parts.first(part) * TOKENS; i < std::min<long>(l.M, parts.first(part + 1) * TOKENS); i += TOKENS) {
+        const int count = std::min<long>(TOKENS, l.M - i);
+        const float *x = l.x + i * C, *g = l.grad + i * l.O;
+        if (!l.kept) product(count, S, C, operand(x, count * C, z.xa), C, w.data(), z.y, z.stride);
+        for (int r = 0; r < count; r++, g += l.O) {
+          float* y = z.y + r * z.stride;
+          if (l.kept)
+            norms_back(l, (const E*)l.kept + (i + r) * S, nullptr, g, y, d_b);
+          else
+            norms_back(l, y, l.b, g, y, d_b);
+        }
+        product(count, C, S, operand(z.y, count * z.stride, z.dy), z.stride, back.data(), l.d_x + i * C, C);
+        pack(x, C, count, C, z.packed);
+        weight_grads(count, z.y, z.stride, S, z.packed, C, z.turned, d_w);
       }
-      product(count, C, S, operand(z.y, count * z.stride, z.dy), z.stride, back.data(), l.d_x + i * C, C);
-      pack(x, C, count, C, z.packed);
-      weight_grads(count, z.y, z.stride, S, z.packed, C, z.turned, z.d_w);
     }
     if (sizeof(E) == 2) release();
-    const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    for (int turn = 0; turn < all; turn++) {  // in order of the threads, so that sums are the same every time
-#pragma omp barrier
-      if (turn != me) continue;
-      add_to(l.d_w, z.d_w, S * C);
-      add_to(l.d_b, z.d_b, S);
-    }
   }
+  const float* total = parts.total(l.threads);
+  add_to(l.d_w, total, S * C);
+  add_to(l.d_b, total + S * C, S);
 }
 
 }  // namespace
