@@ -37,7 +37,8 @@ template <class E> struct Scratch {
   }
   static size_t bytes(const Layer& l) {
     const long N = l.N, C = l.C, D = C / l.H, row = head_row<E>(D), heads = l.group() / D;
-    return sizeof(E) * N * (7 * C + (3 * heads + 1) * row + D + R) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) + 16 * SLACK;
+    return sizeof(E) * N * (7 * C + (3 * heads + 1) * row + D + R) + 4 * (ROWS * C + N * R + 2 * R * D + l.H * N) +
+           16 * SLACK;
   }
 };
 

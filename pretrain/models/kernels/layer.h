@@ -51,8 +51,8 @@ inline void add_to(float* total, const float* part, long count) {
   for (long i = 0; i < count; i++) total[i] += part[i];
 }
 
-// Sums over parts of some items, each in memory of its own: threads take a part when they are ready for one, which matters
-// where cores are not equally fast, and the result is the same every time.
+// Sums over parts of some items, each in memory of its own: threads take a part when they are ready for one, which
+// matters where cores are not equally fast, and the result is the same every time.
 struct Parts {
   const long items, size, count;  // size: floats of a part's sums
   float* const sums;
