@@ -7,6 +7,7 @@ is copied twice, and no position is shared, so that threads and forked processes
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -49,6 +50,7 @@ class ShardReader:
         self.index, self.cache = index, cache
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
         self._lock = Lock()
+        weakref.finalize(self, _close, self._open)
         if cache is None and is_remote(index.url(0)):
             raise ValueError(f"remote shards ({index.url(0)}) need a staging folder: set loading.cache_dir")
 
@@ -83,12 +85,7 @@ class ShardReader:
     def close(self) -> None:
         """Close the shards held open."""
         with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            self.close()
+            _close(self._open)
 
     def _identity(self, shard: int) -> dict[str, Any]:
         return {"num_bytes": int(self.index.shard_bytes[shard]), "sha256": bytes(self.index.shard_sha256[shard])}
@@ -129,6 +126,11 @@ class ShardReader:
         while len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1])
         return found
+
+
+def _close(descriptors: OrderedDict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _same_size(field: bytes, size: int) -> bool:
