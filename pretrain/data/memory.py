@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from multiprocessing import reduction
 from typing import Any
@@ -37,6 +38,7 @@ class Memory:
         else:
             with tempfile.TemporaryFile() as file:
                 self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
         try:
             os.ftruncate(self._descriptor, self.num_bytes)
             self._map = mmap.mmap(self._descriptor, self.num_bytes)
@@ -51,15 +53,12 @@ class Memory:
         memory = cls.__new__(cls)
         memory.num_bytes = num_bytes
         memory._descriptor = descriptor.detach()
+        weakref.finalize(memory, os.close, memory._descriptor)
         memory._map = mmap.mmap(memory._descriptor, num_bytes)
         return memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory._received, (reduction.DupFd(self._descriptor), self.num_bytes)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
     def bytes(self) -> np.ndarray:
         """The whole block, uint8 [num_bytes], writable."""
