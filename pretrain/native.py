@@ -80,7 +80,8 @@ def _compile(source: Path, flags: tuple[str, ...], target: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
         os.replace(part, target)
     except subprocess.SubprocessError as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        detail = next((line for line in lines if "error:" in line), lines[0])
         raise NoLibraryError(f"{compiler} could not compile {source.name} ({detail})") from error
     finally:
         Path(part).unlink(missing_ok=True)

@@ -144,7 +144,7 @@ template <class E> struct Weights {
     if constexpr (sizeof(E) == 4) {
       pack_transposed(w, depth, depth, columns, dst);
     } else {
-      std::vector<bf16> half((size_t)columns * depth);
+      std::vector<E> half((size_t)columns * depth);
       for (long i = 0; i < (long)columns * depth; i += 16) store(half.data() + i, load(w + i));
       pack_transposed(half.data(), depth, depth, columns, dst);
     }
