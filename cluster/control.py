@@ -44,7 +44,7 @@ def cancel(home: Path, *, now: bool) -> int:
     if not under_way:
         raise UserError(f"{shown(home)}: nothing is queued or running; see {command_on('status', home)}")
     saving = [link for link in under_way if link.link == "pretrain" and current[link].name == "running" and not now]
-    for link in under_way:
+    for link in reversed(under_way):  # else one that waits for another would start as that one ends
         if link in saving:
             with _not_to_come_back(link):
                 ask_to_stop(link)

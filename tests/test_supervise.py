@@ -191,6 +191,7 @@ def test_an_evaluation_ends_at_once(place: Path, monkeypatch: pytest.MonkeyPatch
     assert state_of(latest(home)["object_discovery"]).name == "stopped"
     assert launch.main(["resume", "r", "--detach"]) == 0
     wait_for(evaluates)
+    monkeypatch.setattr(control, "_POLL_S", 1.0)  # time for what waits for another to start as that one ends
     assert launch.main(["cancel", "r"]) == 0
     assert {link: state_of(one).name for link, one in latest(home).items()} == {
         "pretrain": "finished",
