@@ -22,7 +22,6 @@ from pretrain.native import FLAGS, find_compiler
 # Where it can be compiled and is not, these tests fail: they would hide it otherwise.
 _LACKING = build.missing_instructions() or ("" if find_compiler() else "a C++ compiler")
 needs_native = pytest.mark.skipif(bool(_LACKING), reason=f"lacks {_LACKING}")
-needs_bf16 = pytest.mark.skipif(not build.library().bf16, reason="no AMX")
 
 
 def make_layer(
@@ -105,7 +104,6 @@ def test_fp32_equals_plain(name: str, recompute: bool, monkeypatch: pytest.Monke
 
 
 @needs_native
-@needs_bf16
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_no_less_exact_than_autocast(name: str) -> None:
     arguments, grid = CASES[name]

@@ -115,8 +115,11 @@ def _tables(positions: Positions) -> tuple[Tensor, Tensor] | None:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Type of matrix products here: autocast's, or float32."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    """Type of matrix products here: autocast's, or float32, which also stands for bfloat16 on CPUs without AMX."""
+    if not torch.is_autocast_enabled(device.type):
+        return torch.float32
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 and not library().bf16 else dtype
 
 
 def pair_tables(gta_in: Tensor, gta_out: Tensor) -> tuple[Tensor, Tensor]:
