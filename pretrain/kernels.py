@@ -3,9 +3,9 @@
     plain     PyTorch's own operations (kuramoto.py), on every device
     compiled  the same, fused by torch.compile: all steps of a layer as one (one by one where they are recomputed)
     graphed   the same, launched as CUDA graphs: small models wait for launches and little else
-    native    klayer.cpp, on CPUs with AVX-512 (products in bf16 with AMX, else in fp32): all steps of an AKOrN in one
-              call; of ItrSA and of what the kernel knows no update for the attention of a step. The readouts go with
-              their layers
+    native    klayer.cpp, on CPUs with AVX-512 (products in bf16 if it has instructions for them): all steps of an
+              AKOrN in one call; of ItrSA and of what the kernel knows no update for the attention of a step. The
+              readouts go with their layers
 
 All compute the same up to float rounding. Only rank 0 measures; the others do as it says, so that no two ranks differ.
 """

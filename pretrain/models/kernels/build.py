@@ -21,7 +21,7 @@ class Library:
 
     Attributes:
         handle: the loaded library; None without one.
-        bf16: whether it multiplies in bf16 (AMX).
+        bf16: whether it multiplies in bf16 (by AMX or AVX512_BF16).
         reason: one line for the user where `handle` is None.
     """
 

@@ -60,7 +60,7 @@ inline void mixable(const Layer& l, const float* u, float* out) {
   const int D = l.C / l.H;
   pack(u, D, l.N, D, out);
 }
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 inline void mixable(const Layer& l, const bf16* u, bf16* out) {
   const int D = l.C / l.H;
   transpose(u, head_row<bf16>(D), l.N, D, out, l.N);
@@ -72,7 +72,7 @@ inline void mix(const Layer& l, const float* p, const float* u, float*, float* o
   const int D = l.C / l.H;
   product_turned(R, D, l.N, p, R, u, l.N * 16L, out, D, ZERO);
 }
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 inline void mix(const Layer& l, const bf16* p, const bf16* u, float* turned, float* out) {
   const int D = l.C / l.H;
   product(D, R, l.N, u, l.N, p, turned, R);

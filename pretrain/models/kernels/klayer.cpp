@@ -1,5 +1,5 @@
 // All T steps of a Kuramoto layer with attention coupling, and the readout, forward and backward, on CPUs with AVX-512
-// (fp32) and AMX (bf16 products). The equations are those of kuramoto.py and connectivity.py, which stay the reference.
+// (with products in bf16 too, if possible by AMX). The equations are those of kuramoto.py and connectivity.py, which stay the reference.
 //
 // One thread takes one image at a time through all steps, so that queries, keys, attention and the update stay in its
 // second-level cache; only what the backward needs goes to memory. Called through ctypes by native.py: no torch here.
@@ -69,7 +69,7 @@ void forward_float(const Layer* l) { forward<float>(*l); }
 void backward_float(const Layer* l) { backward<float>(*l); }
 void readout_forward_float(const Readout* l) { readout_forward<float>(*l); }
 void readout_backward_float(const Readout* l) { readout_backward<float>(*l); }
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 void forward_bf16(const Layer* l) { forward<bf16>(*l); }
 void backward_bf16(const Layer* l) { backward<bf16>(*l); }
 void readout_forward_bf16(const Readout* l) { readout_forward<bf16>(*l); }
@@ -79,6 +79,8 @@ int has_bf16() {
 #ifdef __AMX_BF16__
   const int request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#elif defined(__AVX512BF16__)
+  return 1;
 #else
   return 0;
 #endif

@@ -22,8 +22,13 @@ namespace {
 constexpr int R = 32;     // queries of a block of attention
 constexpr int ROWS = 64;  // tokens of a block of products with weights
 
-// Rows of rotated queries, keys and values of a head: tiles are 32 deep, the rest of a narrow head is zero.
-template <class E> int head_row(int D) { return sizeof(E) == 2 && D == 16 ? 32 : D; }
+// Rows of rotated queries, keys and values of a head: AMX's tiles are 32 deep, the rest of a narrow head is zero.
+template <class E> int head_row(int D) {
+#ifdef __AMX_BF16__
+  if (sizeof(E) == 2 && D == 16) return 32;
+#endif
+  return D;
+}
 
 constexpr size_t SLACK = 320;  // of a buffer in the arena
 

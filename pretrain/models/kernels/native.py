@@ -115,7 +115,7 @@ def _tables(positions: Positions) -> tuple[Tensor, Tensor] | None:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Type of matrix products here: autocast's, or float32, which also stands for bfloat16 on CPUs without AMX."""
+    """Type of matrix products here: autocast's, or float32, which stands for bfloat16 too on CPUs without it."""
     if not torch.is_autocast_enabled(device.type):
         return torch.float32
     dtype = torch.get_autocast_dtype(device.type)

@@ -1,7 +1,8 @@
-// Small matrix products whose operands stay in cache, in fp32 (AVX-512) and bf16 (AMX), and the packing they need.
+// Small matrix products whose operands stay in cache, in fp32 (AVX-512) and bf16 (AMX, or AVX-512's own), and the packing
+// they need.
 //
 // A: rows x depth, row-major. B: panels of 16 columns, [columns/16][depth][16] floats or [columns/16][depth/2][16][2] bf16.
-// Rows and columns are multiples of 16, depths of 16 (fp32) or 32 (bf16).
+// Rows and columns are multiples of 16, depths of 16, or of 32 for AMX.
 
 #pragma once
 #include <algorithm>
@@ -70,25 +71,40 @@ inline const bf16* operand(const float* x, long count, bf16* space) {
 // Where the sums start: at zero, at what `out` holds, or at a bias per column.
 enum Start { ZERO, OUT, BIAS };
 
-// TURNED: A is given as its transpose [depth, M]. `panel` is the distance of two panels of B.
-template <int MR, int NR, bool TURNED>
-inline void block_product(int depth, const float* A, long lda, const float* B, long panel, float* out, long ldo,
-                          Start start, const float* bias) {
+// Words of 4 bytes along the depth, one float or two bf16: 16 times the same one, and products of 16 with their sums.
+inline vec spread(const float* a) { return splat(*a); }
+inline vec word(const float* b) { return load(b); }
+inline vec multiply_add(const float*, vec a, vec b, vec sum) { return fma(a, b, sum); }
+#ifdef __AVX512BF16__
+inline vec spread(const bf16* a) {
+  int32_t pair;
+  memcpy(&pair, a, 4);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+}
+inline vec word(const bf16* b) { return _mm512_castsi512_ps(_mm512_loadu_si512(b)); }
+inline vec multiply_add(const bf16*, vec a, vec b, vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
+// TURNED: A is given as its transpose [depth, M] (floats only). `panel` is the distance of two panels of B.
+template <int MR, int NR, bool TURNED, class E, class T>
+inline void block_product(int depth, const E* A, long lda, const E* B, long panel, T* out, long ldo, Start start,
+                          const float* bias) {
+  constexpr int WORD = 4 / sizeof(E);
   vec sum[MR][NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < NR; j++)
-      sum[i][j] = start == ZERO ? splat(0.f) : load(start == OUT ? out + i * ldo + j * 16 : bias + j * 16);
-  for (int k = 0; k < depth; k++) {
+      sum[i][j] = start == ZERO ? splat(0.f) : start == OUT ? load(out + i * ldo + j * 16) : load(bias + j * 16);
+  for (int k = 0; k < depth; k += WORD) {
     vec b[NR];
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; j++) b[j] = load(B + j * panel + k * 16);
+    for (int j = 0; j < NR; j++) b[j] = word(B + j * panel + k * 16);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      vec a = splat(TURNED ? A[k * lda + i] : A[i * lda + k]);
+      const vec a = spread(TURNED ? A + k * lda + i : A + i * lda + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; j++) sum[i][j] = fma(a, b[j], sum[i][j]);
+      for (int j = 0; j < NR; j++) sum[i][j] = multiply_add(A, a, b[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 16
@@ -97,13 +113,13 @@ inline void block_product(int depth, const float* A, long lda, const float* B, l
     for (int j = 0; j < NR; j++) store(out + i * ldo + j * 16, sum[i][j]);
 }
 
-template <bool TURNED>
-inline void float_product(int M, int columns, int depth, const float* A, long lda, const float* B, long panel, float* out,
-                          long ldo, Start start, const float* bias) {
+template <bool TURNED, class E, class T>
+inline void vector_product(int M, int columns, int depth, const E* A, long lda, const E* B, long panel, T* out,
+                           long ldo, Start start, const float* bias) {
   const long row = TURNED ? 1 : lda;
   int j = 0;
   for (; j + 64 <= columns; j += 64) {
-    const float* b = B + j / 16 * panel;
+    const E* b = B + j / 16 * panel;
     for (int i = 0; i < M;) {
       const int rest = M - i;  // a multiple of 4, or of 16 less sixes
       if (rest == 4 || rest == 8) {
@@ -128,13 +144,13 @@ inline void float_product(int M, int columns, int depth, const float* A, long ld
 
 inline void product(int M, int columns, int depth, const float* A, long lda, const float* B, float* out, long ldo,
                     Start start = ZERO, const float* bias = nullptr) {
-  float_product<false>(M, columns, depth, A, lda, B, depth * 16L, out, ldo, start, bias);
+  vector_product<false>(M, columns, depth, A, lda, B, depth * 16L, out, ldo, start, bias);
 }
 
 // The same with A given as its transpose [depth, M], and B as a part of longer panels.
 inline void product_turned(int M, int columns, int depth, const float* A, long lda, const float* B, long panel,
                            float* out, long ldo, Start start) {
-  float_product<true>(M, columns, depth, A, lda, B, panel, out, ldo, start, nullptr);
+  vector_product<true>(M, columns, depth, A, lda, B, panel, out, ldo, start, nullptr);
 }
 
 #ifdef __AMX_BF16__
@@ -239,13 +255,21 @@ inline void product(int M, int columns, int depth, const bf16* A, long lda, cons
 #else
 inline void configure() {}
 inline void release() {}
+#ifdef __AVX512BF16__
+// `out` in floats, or rounded to bf16.
+template <class T>
+inline void product(int M, int columns, int depth, const bf16* A, long lda, const bf16* B, T* out, long ldo,
+                    Start start = ZERO, const float* bias = nullptr) {
+  vector_product<false>(M, columns, depth, A, lda, B, depth * 16L, out, ldo, start, bias);
+}
+#endif
 #endif
 
 // total [rows, columns] += a' b with a [N, rows], and b [N, columns] as B operand.
 inline void weight_grads(int N, const float* a, long lda, int rows, const float* b, int columns, float*, float* total) {
   product_turned(rows, columns, N, a, lda, b, N * 16L, total, columns, OUT);
 }
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 template <class A>
 inline void weight_grads(int N, const A* a, long lda, int rows, const bf16* b, int columns, bf16* turned, float* total) {
   transpose(a, lda, N, rows, turned, N);
