@@ -41,9 +41,11 @@ def uniformity(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """Of the matrix [b, d] as it is (not centred), from the eigenvalues of its smaller Gram matrix in fp64."""
+    """Of the matrix [b, d] as it is (not centred), from the eigenvalues of its smaller Gram matrix in fp64; NaN where
+    it is not finite, which the solver would raise for."""
     z = z.double()
     gram = z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    finite = gram.isfinite().all()
+    values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=1e-12)
-    return torch.exp(torch.special.entr(p).sum()).float()
+    return torch.where(finite, torch.exp(torch.special.entr(p).sum()), torch.nan).float()

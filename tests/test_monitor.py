@@ -191,3 +191,11 @@ def test_effective_rank_of_known_matrices() -> None:
     assert float(effective_rank(orthogonal[:, :3])) == pytest.approx(3, rel=1e-4)
     assert float(effective_rank(torch.ones(6, 4))) == pytest.approx(1, abs=1e-3)
     assert float(uniformity(torch.ones(5, 1))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_embeddings_that_are_not_finite_are_described(bad: float) -> None:
+    """The step is skipped and the run goes on: looking at it must not end it."""
+    embeddings = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0))
+    embeddings[2] = bad
+    assert all(figure.isnan() for figure in describe(embeddings).values())
