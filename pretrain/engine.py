@@ -56,6 +56,7 @@ def deepspeed_config(compute: Compute, optimizer: Optimizer, world_size: int, de
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at each forward and each step
         # DeepSpeed's default is to clip at 1. Stage 0 clips in its own step.
         "gradient_clipping": optimizer.clip if compute.zero_stage > 0 and optimizer.clip else 0.0,
         "zero_allow_untested_optimizer": True,

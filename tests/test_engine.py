@@ -209,6 +209,35 @@ def test_buffers_of_zero_are_small_beside_a_gpu(tmp_path: Path) -> None:
     assert all(0 < 4 * elements < 2**28 for elements in most.values()), most
 
 
+def waits() -> int:
+    """How often DeepSpeed has the host wait for the device in five steps of two chunks, at stage 0."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pretrain.microbatch import backward
+
+    task, engine, loader = build(0)
+    accelerator, count = type(get_accelerator()), 0
+    real = accelerator.synchronize
+
+    def counted(self: Any, device: Any = None) -> None:
+        nonlocal count
+        count += 1
+
+    accelerator.synchronize = counted
+    try:
+        for step in range(5):
+            backward(engine, task, loader[step], 4)
+            engine.step(RATE)
+    finally:
+        accelerator.synchronize = real
+    return count
+
+
+def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
+    """CUDA's own check (test_gpu.py) does not see torch.cuda.synchronize."""
+    assert run_ranks(1, waits, tmp_path) == [0]
+
+
 @pytest.mark.parametrize("norm", [2.0, torch.tensor(2.0)])
 def test_figures_of_a_step_lie_on_the_device(norm: Any) -> None:
     """With the loss, beside which they are stacked; DeepSpeed returns numbers where it skips a step."""
