@@ -28,7 +28,7 @@ from pretrain import fusing
 from pretrain.distributed import Ranks, broadcast_json
 from pretrain.models.connectivity import AttentionCoupling, Coupling, Grid
 from pretrain.models.kernels import build
-from pretrain.models.kuramoto import KuramotoLayer, Readout
+from pretrain.models.kuramoto import KuramotoLayer, Readout, allow_variants
 from pretrain.native import find_compiler
 
 Layer = KuramotoLayer | AttentionCoupling
@@ -65,6 +65,7 @@ def set_up(backbone: nn.Module, compute: Compute, ranks: Ranks, run_dir: Path, *
     fusing.allow(compute.compile)
     wanted = compute.compile and compute.zero_stage < 3  # torch would compile DeepSpeed's hooks, anew at many a step
     if wanted and ranks.device.type == "cuda" and find_compiler() is not None:
+        allow_variants()
         for module in _compilable(backbone):
             module.compile(dynamic=False)
     return rows

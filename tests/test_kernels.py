@@ -102,6 +102,36 @@ def test_readouts_are_compiled_where_deepspeed_has_no_hooks_in_them(
     assert [module._compiled_call_impl is not None for module in readouts] == [compiled] * len(readouts)
 
 
+@pytest.mark.parametrize("name", ["akorn_nano_patch4_32", "itrsa_nano_patch4_32", "vit_tiny_patch16_224"])
+def test_what_is_to_be_compiled_is_called_as_a_module(name: str) -> None:
+    """nn.Module.compile compiles the call of a module and none of its other methods."""
+    model = timm.create_model(name, num_classes=0, img_size=32)
+    wanted, called = kernels._compilable(model), []
+    for module in wanted:
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    model(torch.zeros(1, 3, 32, 32))
+    assert called == wanted != []
+
+
+def test_every_block_of_a_deep_model_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own rate of stochastic depth: torch compiles anew for it, by default eight times."""
+    real, compiled = torch.compile, []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, **options, backend=counted))
+    monkeypatch.setattr(kernels, "_name", lambda device: "a GPU")
+    monkeypatch.setattr(kernels, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, drop_path_rate=0.1)
+    ranks = SimpleNamespace(first=True, device=torch.device("cuda"), world_size=1, rank=0)
+    kernels.set_up(model, Compute(), ranks, tmp_path, images=8)
+    model(torch.zeros(1, 3, 32, 32))
+    assert len(compiled) == 12
+
+
 def test_no_compiler_leaves_the_plain_kernel_and_one_line(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -64,8 +64,10 @@ class ItrSABlock(nn.Module):
         """The MLP, [B, N, C] -> [B, N, C]."""
         return x + self.mlp(self.norm2(x.to(self.attn.qkv.weight.dtype)))
 
-    def forward(self, x: Tensor, grid: Grid, num_steps: int | None = None) -> Tensor:
-        return self.refine(self.iterate(x, grid, num_steps))
+    def forward(self, x: Tensor, grid: Grid, num_steps: int | None = None, *, refined: bool = True) -> Tensor:
+        """The whole block, or without `refined` its iterations: what is called like this is compiled on GPUs."""
+        x = self.iterate(x, grid, num_steps)
+        return self.refine(x) if refined else x
 
     def drop_output(self) -> None:
         """Keep the iterations only (features of this level need no MLP)."""
@@ -148,7 +150,7 @@ class ItrSA(PatchBackbone):
             x = x + resample_tokens(self.pos_embed, self.grid, grid, dim=0)
         yield x, grid
         for block in self.blocks:
-            x = block.iterate(x, grid)
+            x = block(x, grid, refined=False)
             yield x, grid
             x = block.refine(x)
             yield x, grid

@@ -118,20 +118,21 @@ def coupled_steps(
 @functools.cache
 def _compiled_step() -> Callable[..., Tensor]:
     """One graph for all layers and steps of the same shapes."""
-    _allow_variants()
+    allow_variants()
     return torch.compile(coupled_step, dynamic=False)
 
 
 @functools.cache
 def _compiled_steps(kernel: str) -> Callable[..., Tensor]:
     """One graph for all layers of the same shapes; `graphed` launches it as one CUDA graph."""
-    _allow_variants()
+    allow_variants()
     return torch.compile(coupled_steps, dynamic=False, mode="reduce-overhead" if kernel == "graphed" else None)
 
 
-def _allow_variants() -> None:
-    """Let torch compile for every shape: stages, sizes of chunks, with and without gradients are more than its 8."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+def allow_variants() -> None:
+    """Let torch compile for every variant: stages, blocks that differ in a number (the rate of stochastic depth), sizes
+    of chunks, with and without gradients are more than its 8, beyond which code would run as it is."""
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
 
 def energy(x: Tensor, y: Tensor) -> Tensor:
