@@ -116,6 +116,10 @@ def shards_check(key: str, shards: str | Sequence[str]) -> Check:
             inside = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(sub.glob("*.tar")))
             remedy = f"did you mean {shown(path / inside[0])}?" if inside else f"make them: {make_command(shown(path))}"
             return Check(key, "error", f"{key}: no *.tar in {shown(path)}\n       {remedy}")
+        if (path / ".building" / "plan.json").is_file() and not (path / "info.json").is_file():
+            return Check(
+                key, "error", f"{key}: {shown(path)} is not finished\n       start the make_shards.py that made it again"
+            )
         first = next(iter(sorted(path.glob("*.tar"))), path) if path.is_dir() else path
         if not os.access(first, os.R_OK):
             return Check(key, "error", f"{key}: {shown(first)} may not be read by you; ask for the permission")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 
+from cluster.preflight import shards_check
 from configs.errors import UserError
 from pretrain.data import making
 from pretrain.data.decode import decode_image, decode_mask
@@ -103,6 +104,9 @@ def test_an_interrupted_command_goes_on_and_gives_the_same_set(tmp_path: Path, m
         main(arguments("cut"))
     with pytest.raises(UserError, match="unfinished shard set with other settings"):
         main(arguments("cut", "--resize", "32"))
+    with pytest.raises(UserError, match="is not finished"):  # nor is a part trained on, or found whole
+        main(["--verify", str(tmp_path / "cut")])
+    assert "not finished" in shards_check("data.shards", str(tmp_path / "cut")).text
     monkeypatch.setattr(making, "write_shard", lambda *args: (written.append(args[-1]), write_shard(*args))[1])
     main(arguments("cut"))
     assert written == [0, 1, 2, 3, 4]

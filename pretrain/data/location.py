@@ -65,6 +65,12 @@ class Location:
             inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
             hint = f" (did you mean {folder / inside[0]}?)" if inside else ""
             raise UserError(f"no *.tar in {folder}{hint}; make them with pretrain/make_shards.py")
+        # make_shards.py puts .building away last, behind info.json.
+        if (folder / ".building" / "plan.json").is_file() and not (folder / "info.json").is_file():
+            raise UserError(
+                f"{folder} is not finished: its make_shards.py still runs, or was interrupted; the same command goes on "
+                f"(to use the {len(names)} shards that are there, remove {folder / '.building'})"
+            )
         return cls(f"{folder.resolve()}/", "\n".join(names), str(folder.resolve()))
 
     @property
