@@ -118,7 +118,7 @@ def shards_check(key: str, shards: str | Sequence[str]) -> Check:
             return Check(key, "error", f"{key}: no *.tar in {shown(path)}\n       {remedy}")
         if (path / ".building" / "plan.json").is_file() and not (path / "info.json").is_file():
             return Check(
-                key, "error", f"{key}: {shown(path)} is not finished\n       start the make_shards.py that made it again"
+                key, "error", f"{key}: {shown(path)} is not finished\n       the make_shards.py that makes it goes on"
             )
         first = next(iter(sorted(path.glob("*.tar"))), path) if path.is_dir() else path
         if not os.access(first, os.R_OK):

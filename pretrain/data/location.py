@@ -68,7 +68,7 @@ class Location:
         # make_shards.py puts .building away last, behind info.json.
         if (folder / ".building" / "plan.json").is_file() and not (folder / "info.json").is_file():
             raise UserError(
-                f"{folder} is not finished: its make_shards.py still runs, or was interrupted; the same command goes on "
+                f"{folder} is not finished: its make_shards.py still runs or was interrupted; the same command goes on "
                 f"(to use the {len(names)} shards that are there, remove {folder / '.building'})"
             )
         return cls(f"{folder.resolve()}/", "\n".join(names), str(folder.resolve()))
