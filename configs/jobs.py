@@ -107,10 +107,13 @@ class LinearProbeConfig(BackboneConfig):
     size: PositiveInt | None = Field(None, description="side of the images; default: the model's own input size")
     resize: PositiveInt | None = Field(None, description="shorter side before the centre crop; default: size / 0.875")
     features: tuple[Literal["pooled", "avg", "max", "oscillators", "pixels"], ...] = Field(
-        ("pooled", "avg", "max"), description="heads are trained on each of these and on all of them together"
+        ("pooled", "avg", "max"),
+        min_length=1,
+        description="heads are trained on each of these and on all of them together",
     )
     rates: tuple[PositiveFloat, ...] = Field(
         (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        min_length=1,
         description="learning rates tried at once, for batches of 256",
     )
     epochs: PositiveInt = Field(30, description="passes of the heads over the training features")
@@ -151,7 +154,7 @@ class SudokuConfig(EvaluationConfig):
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products")
-    T: tuple[PositiveInt, ...] = Field((16, 128), description="numbers of steps to read an answer at")
+    T: tuple[PositiveInt, ...] = Field((16, 128), min_length=1, description="numbers of steps to read an answer at")
     starts: PositiveInt = Field(8, description="random starts of each puzzle")
     vote: tuple[Literal["energy", "energy-sum", "majority", "c-vote"], ...] = Field(
         ("energy", "energy-sum", "majority", "c-vote"),

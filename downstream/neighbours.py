@@ -32,6 +32,8 @@ def knn_accuracy(
     Args:
         train: [N, D]. train_labels: [N] int64 from 0. test: [Q, D]. test_labels: [Q].
     """
+    if not neighbours:
+        return {}
     numbers = sorted(set(neighbours))
     classes = int(max(int(train_labels.max()), int(test_labels.max()))) + 1
     correct = {k: np.zeros(2) for k in numbers}

@@ -180,10 +180,10 @@ def _answer(rollouts: Rollouts, config: SudokuConfig, *, has_starts: bool) -> tu
     solved = np.flatnonzero(board.is_solved(boards))
     if config.finish and len(solved):
         answer = boards[solved[0]]
+    elif has_starts and config.vote:
+        answer = vote(rollouts, len(rollouts.steps) - 1, config.vote[0], starts=len(ran))[0]
     else:
-        answer = (
-            vote(rollouts, len(rollouts.steps) - 1, config.vote[0], starts=len(ran))[0] if has_starts else boards[0]
-        )
+        answer = boards[0]
     agree = (boards == answer).all(axis=1)
     confidence = rollouts.confidence[-1, 0, ran]
     mean = float(confidence[agree].mean() if agree.any() else confidence.mean())

@@ -79,6 +79,7 @@ def test_knn_equals_scikit_learn() -> None:
         assert found[k]["top1"] == pytest.approx(classifier.score(test.numpy(), answers.numpy()), abs=0.011)
         assert found[k]["top5"] == 1.0
     assert knn_accuracy(train[:5], labels[:5], test, answers, neighbours=(20,))[20]["top1"] > 0
+    assert knn_accuracy(train, labels, test, answers, neighbours=()) == {}
 
 
 def test_knn_of_a_low_temperature_trusts_the_nearest_one() -> None:

@@ -188,6 +188,12 @@ def test_shares_of_the_labels_lie_between_none_and_all(shards: tuple[Path, Path]
         config(shards, low_shot=[share])
 
 
+@pytest.mark.parametrize("key", ["rates", "features"])
+def test_a_probe_needs_something_to_learn_from(shards: tuple[Path, Path], key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
+        config(shards, **{key: []})
+
+
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
     ("values", "message"),

@@ -85,7 +85,7 @@ def test_a_single_puzzle(exported: Path, capsys: pytest.CaptureFixture) -> None:
     assert board.grid(board.parse(SOLUTION)) in said
     assert "valid: every row" in said
     assert ("3 of 3 starts" if "akorn" in str(exported) else "1 of 1 starts") in said
-    assert sudoku.main(["--ckpt", str(exported), "--puzzle", PUZZLE, "--T", "2", "--starts", "2"]) == 0
+    assert sudoku.main(["--ckpt", str(exported), "--puzzle", PUZZLE, "--T", "2", "--starts", "2", "--vote"]) == 0
     assert "not valid: " in capsys.readouterr().out
 
 
