@@ -6,6 +6,7 @@ exported, are errors and never random features.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,12 +56,9 @@ def load(
         raise UserError(f"steps={steps} needs a model with oscillators or iterations, which {ckpt} is not")
     where = own_device(device)
     name = source.label if control is None else f"{source.label} ({control})"
-    if img_size is not None and _has_fixed_size(model):
-        patch = model.feature_info[-1]["reduction"]
-        fitting = max(1, round(img_size / patch)) * patch
-        if tuple(model.patch_embed.img_size) != (fitting, fitting):
-            model.set_input_size(fitting)
-    side = img_size or (model.pretrained_cfg["input_size"][-1] if _has_fixed_size(model) else None)
+    side = img_size
+    if _has_fixed_size(model):
+        side = model.pretrained_cfg["input_size"][-1] if img_size is None else _resized(model, img_size, ckpt)
     try:
         encoder = Encoder(model, name=name, side=side, layer=layer, device=where, precision=precision)
         if steps is not None:
@@ -71,6 +69,8 @@ def load(
     except ValueError as error:
         raise UserError(str(error)) from None
     kernels.fastest(encoder.model)
+    if encoder.side is not None and not encoder.has_oscillators:
+        _check_size(encoder, ckpt)
     return encoder
 
 
@@ -119,15 +119,12 @@ class _Source:
         return model
 
     def _of_file(self) -> nn.Module:
-        from pretrain.models.reference import load_published, read_state
+        from pretrain.models.reference import load_published
 
         self.label = self.path.stem
         try:
             if self.arch is not None:
-                model = self._created(self.arch, **self.args)
-                if not self.random:
-                    _load(model, read_state(self.path), str(self.path))
-                return model
+                return self._of_arch(self.arch)
             published = load_published(self.path, self.args).model
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.ckpt}: {error}; a file of a timm model needs --arch NAME") from error
@@ -137,6 +134,21 @@ class _Source:
             torch.manual_seed(self.seed)
             initialise(published)
         return _with_published_cfg(published)
+
+    def _of_arch(self, name: str) -> nn.Module:
+        """timm's model with the weights of a file, which are of the size asked for or of the model's own."""
+        from pretrain.models.reference import read_state
+
+        model = self._created(name, **self.args)
+        if self.random:
+            return model
+        state = read_state(self.path)
+        try:
+            _load(model, state, str(self.path))
+        except UserError:
+            model = self._created(name, sized=False, **self.args)
+            _load(model, state, str(self.path))
+        return model
 
     def _of_timm(self, name: str) -> nn.Module:
         import timm
@@ -150,24 +162,21 @@ class _Source:
             )
         return self._created(name, pretrained=not self.random, **self.args)
 
-    def _created(self, name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:
-        """timm's model without classifier, at the size asked for where its size is fixed."""
+    def _created(self, name: str, *, pretrained: bool = False, sized: bool = True, **args: Any) -> nn.Module:
+        """timm's model without classifier, at the size asked for where its size is fixed and can be chosen."""
         import timm
 
-        torch.manual_seed(self.seed)
-        sized = (
-            {}
-            if self.img_size is None or "akorn" in name or name.startswith("local-dir")
-            else {"img_size": self.img_size}
-        )
-        options = {**sized, **args, "pretrained": pretrained, "num_classes": 0}
+        options = {**args, "pretrained": pretrained, "num_classes": 0}
         try:
+            if sized and self.img_size is not None and "akorn" not in name and not name.startswith("local-dir"):
+                # A network without a fixed size takes no img_size, others only some.
+                with contextlib.suppress(TypeError, AssertionError, RuntimeError):
+                    torch.manual_seed(self.seed)
+                    return timm.create_model(name, **{"img_size": self.img_size, **options})
+            torch.manual_seed(self.seed)
             return timm.create_model(name, **options)
-        except TypeError as error:  # a network without a fixed size takes no img_size
-            if "img_size" not in str(error):
-                raise UserError(f"{name}: {error}") from error
-            options.pop("img_size", None)
-            return timm.create_model(name, **options)
+        except TypeError as error:
+            raise UserError(f"{name}: {error}") from error
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"{name} cannot be loaded: {str(error).splitlines()[0]}; pretrained weights of timm come from the "
@@ -195,6 +204,33 @@ def _has_fixed_size(model: Any) -> bool:
         return False
     embedding = getattr(model, "patch_embed", None)
     return bool(getattr(embedding, "strict_img_size", False))
+
+
+def _resized(model: Any, img_size: int, ckpt: str) -> int:
+    """Make a model of a fixed size take images of `img_size` px, or of the next size that its patches divide.
+
+    Raises:
+        UserError: it cannot.
+    """
+    patch, own = model.feature_info[-1]["reduction"], tuple(model.patch_embed.img_size)
+    side = max(1, round(img_size / patch)) * patch
+    if own != (side, side):
+        if not hasattr(model, "set_input_size"):
+            raise UserError(f"{ckpt} takes images of {own[0]} px only: give --input-size {own[0]}")
+        model.set_input_size(side)
+    return side
+
+
+def _check_size(encoder: Encoder, ckpt: str) -> None:
+    """Raise a UserError where a network cannot see images of the encoder's size (too small, odd for its windows)."""
+    assert encoder.side is not None
+    try:
+        encoder.encode(torch.zeros(1, 3, encoder.side, encoder.side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{ckpt} cannot be evaluated at {encoder.side} px ({said}): give another --input-size, or --layer"
+        ) from error
 
 
 def _load(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

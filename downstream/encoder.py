@@ -159,7 +159,13 @@ class Encoder:
         return level % count
 
     def _as_map(self, final: Tensor, images: Tensor) -> Tensor:
-        """What `forward_features` gives, as [B, D, h, w]."""
+        """What `forward_features` gives, as [B, D, h, w].
+
+        Raises:
+            ValueError: it is no map, nor tokens of one.
+        """
+        if not isinstance(final, Tensor):
+            raise ValueError("its features are several maps")
         if final.ndim == 4:
             return final.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else final
         tokens = final[:, getattr(self.model, "num_prefix_tokens", 0) :]

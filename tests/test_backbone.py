@@ -169,6 +169,23 @@ def test_a_weights_file_loads_by_name_by_order_or_not_at_all(tmp_path: Path) -> 
         load(str(tmp_path / "other.pth"), device="cpu")
 
 
+@pytest.mark.parametrize("side", [64, 72])
+def test_a_weights_file_of_a_transformer_sees_images_of_any_size(side: int, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    encoder = load(str(tmp_path / "vit.pth"), arch="vit_tiny_patch16_224", img_size=side, device="cpu")
+    seen = encoder._prepare(torch.rand(1, 3, side, side))
+    assert seen.shape[-1] == 64
+    with torch.no_grad():  # timm interpolates the positions while it runs, here they are interpolated once
+        torch.testing.assert_close(encoder.model.forward_features(seen), model.forward_features(seen))
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 32), ("crossvit_tiny_240", 240)])
+def test_networks_that_give_no_map_at_a_size_are_named(name: str, size: int) -> None:
+    with pytest.raises(UserError, match=f"{name} cannot be evaluated at \\d+ px"):
+        load(name, control="random", img_size=size, device="cpu")
+
+
 def test_steps_are_refused_where_there_are_none() -> None:
     with pytest.raises(UserError, match="steps=3 needs a model with oscillators or iterations, which resnet10t is not"):
         load("resnet10t", control="random", steps=3)
