@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from loader_process import SIMCLR
+from loader_sets import make_loader, write_set
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.loader import load
 from pretrain import bench, timing, workloads
+from pretrain.data import bench as data_bench
 from pretrain.tasks.nt_xent import nt_xent
 from tests.plain.loss import nt_xent as full_nt_xent
 from tests.plain.models import AKOrN as Plain
@@ -164,3 +170,20 @@ def test_a_step_of_a_classifier_takes_one_view_and_a_label() -> None:
 def test_a_config_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bench measures pretraining"):
         bench.main(["object_discovery.yaml", "ckpt=x", "data=y"])
+
+
+def test_compiling_the_colour_is_no_time_of_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+
+    def compiled(self: Any, batch: Any) -> None:
+        """Slow for each new size, as torch.compile is."""
+        if len(batch) not in sizes:
+            sizes.add(len(batch))
+            time.sleep(1)
+
+    monkeypatch.setattr(data_bench.Colour, "__call__", compiled)
+    loader: Any = make_loader(write_set(tmp_path / "set"))
+    config: Any = SimpleNamespace(data=SimpleNamespace(max_pixels=10**6), seed=0)
+    took = data_bench.stages(config, loader, SIMCLR, 0.05)
+    assert took["device"] * data_bench.CHUNK < 0.5
+    assert all(seconds > 0 for seconds in took.values())

@@ -33,12 +33,12 @@ CHUNK = 32
 def stages(config: PretrainConfig, loader: Loader, transform: SimclrTransform, seconds: float) -> dict[str, float]:
     """Seconds per image of each stage, on one core, over as many images as `seconds` allow."""
     size, spent, count = transform.views.size, dict.fromkeys(STAGES, 0.0), 0
+    warm = False  # the first chunk is not counted: on GPUs the colour is compiled for its size
     reader = ShardReader(loader.index, loader.staging)
     colour = Colour(transform.views, (0.5,) * 3, (0.5,) * 3)
-    colour(loader[0])  # compiles
     out = np.empty((CHUNK, transform.num_views, 3, size, size), np.uint8)
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:
+    while not count or time.perf_counter() - begin < seconds:
         positions = np.arange(count, count + CHUNK)
         epochs, samples = loader.order.at(positions)
         mark = time.perf_counter()
@@ -68,6 +68,8 @@ def stages(config: PretrainConfig, loader: Loader, transform: SimclrTransform, s
             torch.cuda.synchronize()
         spent["device"] += time.perf_counter() - mark
         count += CHUNK
+        if not warm:
+            warm, spent, count, begin = True, dict.fromkeys(STAGES, 0.0), 0, time.perf_counter()
     return {stage: took / count for stage, took in spent.items()}
 
 
