@@ -34,7 +34,6 @@ def line_chart(
     x_label: str = "step",
     y_label: str = "",
     size: tuple[float, float] = (4.2, 2.6),
-    dashed: Sequence[str] = (),
 ) -> str:
     """Curves over a common axis as an SVG element."""
     from matplotlib.figure import Figure
@@ -43,11 +42,8 @@ def line_chart(
     figure = Figure(figsize=size)
     axes = figure.subplots(gridspec_kw=MARGINS)
     for number, (name, (x, y)) in enumerate(curves.items()):
-        style = "--" if name in dashed else "-"
         marker = "o" if len(x) < 12 else None
-        axes.plot(
-            x, y, style, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.4, marker=marker, markersize=3
-        )
+        axes.plot(x, y, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.4, marker=marker, markersize=3)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from downstream.attacks.victim import Victim
 from downstream.backbone import refuse_arguments
+from pretrain import kernels
 from pretrain.distributed import own_device
 from pretrain.export import exported
 
@@ -64,10 +65,7 @@ def load(
         raise UserError(f"{ckpt} has no classes: it is a backbone; task classify (classify.yaml) trains classifiers")
     cfg = model.pretrained_cfg
     model = model.eval().requires_grad_(False).to(where)
-    if where.type == "cpu":
-        from pretrain import kernels
-
-        kernels.fastest(model)
+    kernels.fastest(model)
     name = path.resolve().name if path.exists() else ckpt
     return Classifier(model, name, tuple(cfg["mean"]), tuple(cfg["std"]), num_classes, where)
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ITERATIONS = 25
 
-def kmeans(features: Tensor, clusters: int, *, iterations: int = 25, restarts: int = 3, seed: int = 0) -> Tensor:
+
+def kmeans(features: Tensor, clusters: int, *, restarts: int = 3, seed: int = 0) -> Tensor:
     """Cluster the tokens of each image; the restart with the least inertia counts.
 
     Args:
@@ -22,12 +24,12 @@ def kmeans(features: Tensor, clusters: int, *, iterations: int = 25, restarts: i
     labels = []
     for image in features.float().cpu().numpy():
         k = min(clusters, len(image))
-        centres = train(image, k, iterations=iterations, restarts=restarts, seed=seed)
+        centres = train(image, k, restarts=restarts, seed=seed)
         labels.append(assign(image, centres))
     return torch.from_numpy(np.stack(labels))
 
 
-def train(points: np.ndarray, clusters: int, *, iterations: int = 25, restarts: int = 1, seed: int = 0) -> np.ndarray:
+def train(points: np.ndarray, clusters: int, *, restarts: int = 1, seed: int = 0) -> np.ndarray:
     """Centres [clusters, D] float32 of points [N, D]; needs N >= clusters."""
     import faiss
 
@@ -35,7 +37,7 @@ def train(points: np.ndarray, clusters: int, *, iterations: int = 25, restarts: 
     if clusters == 1:
         return points.mean(0, keepdims=True)
     search = faiss.Kmeans(
-        points.shape[1], clusters, niter=iterations, nredo=restarts, seed=seed + 1,
+        points.shape[1], clusters, niter=ITERATIONS, nredo=restarts, seed=seed + 1,
         init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         min_points_per_centroid=1, max_points_per_centroid=max(256, -(-len(points) // clusters)),
         gpu=faiss.get_num_gpus() > 0 and len(points) > 100_000,

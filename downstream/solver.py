@@ -12,6 +12,7 @@ import torch
 
 from configs.errors import UserError
 from downstream.backbone import refuse_arguments
+from pretrain import kernels
 from pretrain.distributed import own_device
 from pretrain.export import exported
 from pretrain.models.sudoku import SudokuNet
@@ -62,10 +63,7 @@ def load(
     else:
         raise UserError(f"no run, export or weights file {ckpt!r}; runs lie in runs/NAME")
     net = net.eval().requires_grad_(False).to(where)
-    if where.type == "cpu":
-        from pretrain import kernels
-
-        kernels.fastest(net)
+    kernels.fastest(net)
     return Solver(net, path.resolve().name, description, where, precision)
 
 

@@ -38,7 +38,6 @@ def pgd(
     ball: Ball,
     *,
     steps: int = 40,
-    step_size: float | None = None,
     loss: Loss = cross_entropy,
     seed: int = 0,
 ) -> Tensor:
@@ -46,10 +45,9 @@ def pgd(
 
     Args:
         steps: gradient steps, each with `victim.draws` forward and backward passes.
-        step_size: by default 2.5 eps / steps, which can cross the ball.
     """
     generator = torch.Generator(clean.device).manual_seed(seed)
-    size = 2.5 * ball.eps / steps if step_size is None else step_size
+    size = 2.5 * ball.eps / steps  # together they can cross the ball
     images, best = ball.sample(clean, generator), Best(clean)
     for _ in range(steps):
         answer = victim.differentiate(images, labels, loss)

@@ -46,10 +46,9 @@ class Batch:
         """Where the tensors are."""
         return next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on `device`; asynchronous only from pinned memory."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=moved)
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def keys_for(self, purpose: str, view: int = 0) -> Tensor:
         """Keys of this view of the samples, int64 [b] on the batch's device (counter.py)."""
