@@ -107,7 +107,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 240 else text[:237] + "..."
 
 
 def duration(seconds: float) -> str:

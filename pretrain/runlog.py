@@ -26,6 +26,7 @@ LOUD = {
     "preempted",
     "config_changed",
     "waits_for_data",
+    "irregular_data",
     "not_observed",
 }
 

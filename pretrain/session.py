@@ -112,6 +112,8 @@ def open_session(
     stack.callback(loader.close)
     if snapshot is not None:
         resume.check_data(snapshot, loader.index.fingerprint)
+    for note in loader.index.warnings() if ranks.first and rollback is None else ():
+        events("irregular_data", note=note)
     start, steps = 0 if snapshot is None else snapshot.step, config.num_steps(len(loader))
     check_length(steps, start, str(run_dir))
     ema = _make_ema(engine, config, steps, snapshot)

@@ -92,6 +92,9 @@ class VectorLoader:
     def advice(self) -> str:
         return "read faster"
 
+    def warnings(self) -> list[str]:
+        return []
+
     @property
     def index(self) -> VectorLoader:
         return self

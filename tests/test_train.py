@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.progress import event_text
 from configs.errors import UserError
 from pretrain import checkpoint, resume, session, train
 from pretrain.distributed import Ranks
@@ -215,6 +216,19 @@ def test_data_bottleneck_is_said_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_standin(tmp_path) == "finished"
     said = [event for event in events(tmp_path) if event["event"] == "waits_for_data"]
     assert [event["advice"] for event in said] == ["read faster"]
+
+
+def test_what_is_odd_about_the_data_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import standin_run
+
+    note = (
+        "shards are sorted by class (100% of neighbours share their label): windows will lack negatives of other "
+        "classes; write them again with make_shards.py or raise data.window"
+    )
+    monkeypatch.setattr(standin_run.FaultyLoader, "warnings", lambda _: [note])
+    assert run_standin(tmp_path) == "finished"
+    said = [event for event in events(tmp_path) if event["event"] == "irregular_data"]
+    assert [event_text(event) for event in said] == [f"irregular_data: note {note}"]  # with the remedy
 
 
 def test_batch_norm_is_refused_where_chunks_would_change_it(tmp_path: Path) -> None:

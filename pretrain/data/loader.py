@@ -93,8 +93,6 @@ class Loader:
         )
         _check_parts(self.index, transform)
         once(lambda: _check_sizes(self.index, data.max_broken))
-        for message in self.index.warnings() if rank == 0 else ():
-            warnings.warn(message, stacklevel=2)
         self.order = Order(
             self.index.shard_sizes, seed=seed, window=data.window, lanes=data.lanes, batch_size=batch_size
         )
