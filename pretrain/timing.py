@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.models.kernels import memory
+from pretrain import blocks
 from pretrain.quiet import quiet
 
 PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer")
@@ -155,7 +155,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step(Clock(device))
         return torch.cuda.max_memory_allocated(device) - before
-    memory.kept.clear()  # counted as well
+    blocks.kept.clear()  # counted as well
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(Clock(device))
     assert recorded.profiler is not None

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Views
+from pretrain.blocks import kept
 from pretrain.data import views as v
 from pretrain.data.native import library
 from pretrain.fusing import fused_on_gpu
@@ -149,7 +150,7 @@ class Colour:
     def _apply_native(self, native: ctypes.CDLL, images: Tensor, host: np.ndarray) -> Tensor:
         """By colour.cpp, a part of the views in each of torch's threads."""
         params = torch.from_numpy(np.ascontiguousarray(host))
-        result = torch.empty(images.shape, dtype=torch.float32)
+        result = kept.empty(tuple(images.shape), torch.float32)
         active = [[column if column in self.active else -1 for column in order] for order in v.ORDERS]
         orders = torch.tensor(active, dtype=torch.int32)
         scale, offset = self._normalisation(images.device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.models.kernels import memory
+from pretrain import blocks
 from pretrain.models.kernels.build import library
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _NativeLayer(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         given = (c, w_qkv, b_qkv, w_out, b_out, own, other, frequency)
         inputs = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
-        new = memory.kept.empty if keep else torch.empty
+        new = blocks.kept.empty if keep else torch.empty
         states = new((plan.num_steps * keep + 1, B, N, C), dtype=torch.float32)
         states[0].copy_(x)
         kept: list[Tensor | None] = [None] * 4

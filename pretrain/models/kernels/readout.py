@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.models.kernels import memory
+from pretrain import blocks
 from pretrain.models.kernels.build import library
 from pretrain.models.kernels.native import TOKEN_MULTIPLE, call, point, product_dtype
 
@@ -69,7 +69,7 @@ class _NativeReadout(torch.autograd.Function):
         inputs = [tensor.detach().contiguous() for tensor in (x, w, b, bias)]
         out = x.new_empty(len(x), len(bias))
         arguments = _describe(inputs, n)
-        kept = memory.kept.empty((len(x), len(b)), dtype) if keep and any(ctx.needs_input_grad) else None
+        kept = blocks.kept.empty((len(x), len(b)), dtype) if keep and any(ctx.needs_input_grad) else None
         point(arguments, {"out": out, "kept": kept})
         call("readout_forward", dtype, arguments)
         ctx.n, ctx.dtype = n, dtype

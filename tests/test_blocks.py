@@ -8,8 +8,8 @@ import torch
 
 import pretrain  # noqa: F401  (registers the models)
 from pretrain import kernels
+from pretrain.blocks import LEAST, Blocks
 from pretrain.models.kernels.build import library
-from pretrain.models.kernels.memory import LEAST, Blocks
 
 LARGE = (LEAST,)
 

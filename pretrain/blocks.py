@@ -1,8 +1,8 @@
-"""Memory for what a step keeps until its backward, used again by the next step.
+"""Memory on the CPU for what a step keeps until its backward, used again by the next step.
 
 Freed to the C library, large tensors go back to the system, and the next step's come in fresh pages, which are emptied
-before they are written: a tenth to a fifth of the forward. Blocks are lent as tensors, and are free again when these
-are gone.
+before they are written: a tenth to a fifth of the forward, a quarter of the colour of views. Blocks are lent as
+tensors, and are free again when these are gone.
 """
 
 from __future__ import annotations
