@@ -6,6 +6,7 @@ its copy is known to be done, which is asked one step later and so is never wait
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -28,8 +29,11 @@ class Transfer:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            if int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)):
+            self._pinned = not int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+            if not self._pinned:
                 warnings.warn("the loader's memory could not be pinned; copies to the GPU will wait", stacklevel=2)
+                with contextlib.suppress(RuntimeError):  # CUDA keeps the error for the next kernel: not the training's
+                    torch.ones(1, device=device)
 
     def copy(self, slot: int, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Tensors on the device with the content of a slot; `wait(slot)` before it is filled again."""
@@ -55,5 +59,6 @@ class Transfer:
         """Release the page lock; after the last copy."""
         if self._stream is not None:
             self._stream.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._memory.ctypes.data)
+            if self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(self._memory.ctypes.data)
             self._stream = None
