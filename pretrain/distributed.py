@@ -61,6 +61,9 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         store = dist.HashStore() if world_size == 1 else None
         place: dict[str, Any] = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **place)
+        if device.type == "cuda" and world_size > 1:
+            # NCCL connects at its first use: here, where what it says is heard, and not where DeepSpeed is silenced.
+            dist.all_reduce(torch.zeros(1, device=device))
     messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(messages, dist.ProcessGroup)  # every rank is a member
     return Ranks(rank, world_size, local_rank, device, messages)

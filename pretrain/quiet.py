@@ -1,7 +1,7 @@
 """Silence: what libraries print at the start that no user needs.
 
 Owns: the one place that turns off DeepSpeed's log lines and banners and the warnings of third parties. Errors and
-exceptions still come through.
+exceptions still come through, and everything does where someone asked for it (ASKED).
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+ASKED = ("NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG", "TORCH_CPP_LOG_LEVEL")  # NCCL speaks most when DeepSpeed starts
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Import or initialise a noisy library inside. What it and its compilers print is swallowed, exceptions are not."""
+    if any(name in os.environ for name in ASKED):
+        yield
+        return
     for name in ("DeepSpeed", "deepspeed"):
         logger = logging.getLogger(name)
         if _only_errors not in logger.filters:

@@ -22,6 +22,13 @@ def test_nothing_is_printed_inside_and_everything_outside(capfd: pytest.CaptureF
     assert (out, err) == ("result\n", "")
 
 
+def test_what_was_asked_for_is_printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    with quiet():
+        subprocess.run([sys.executable, "-c", "print('NCCL INFO')"], check=True)
+    assert capfd.readouterr().out == "NCCL INFO\n"
+
+
 def _fail() -> None:
     with quiet():
         raise ValueError("what went wrong")
