@@ -27,7 +27,9 @@ from downstream import score_table
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
+    from downstream.discovery import Protocol
     from downstream.encoder import Control, Encoder
 
 TASK = "object_discovery"
@@ -66,6 +68,7 @@ class _Evaluation:
         )
         self.protocol = protocol_of(config, self.preset)
         self.parts = out / ".parts"
+        self._codebooks: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
         encoders = self._encoders()
@@ -89,7 +92,7 @@ class _Evaluation:
             "data_fingerprint": self.samples.fingerprint,
             "images": len(self.samples),
             "preset_name": self.config.preset,
-            **self.protocol.described(),
+            **self._protocol_of(encoders[0]).described(),
             "features": self.config.layer,
             "steps": self.config.steps,
             "input_size": self.config.input_size,
@@ -123,10 +126,7 @@ class _Evaluation:
     def _model(self, encoder: Encoder) -> tuple[Encoder, Scores]:
         from downstream import discovery, results
 
-        protocol = self.protocol
-        if self.config.method == "codebook":
-            book = discovery.learn_codebook(encoder, self.samples, protocol, seed=self.config.seed)
-            protocol = dataclasses.replace(protocol, codebook=book)
+        protocol = self._protocol_of(encoder)
         key = results.key_of(encoder.digest(), self.samples.fingerprint, protocol.described(), protocol.batch_size)
         blocks = self.samples.blocks(protocol.batch_size)
 
@@ -138,6 +138,17 @@ class _Evaluation:
         if protocol.choose == "energy" and "energy" in scores:
             scores = discovery.choose_start(scores)
         return encoder, scores
+
+    def _protocol_of(self, encoder: Encoder) -> Protocol:
+        """The protocol, with the codebook of this model's features where it asks for one."""
+        if self.config.method != "codebook":
+            return self.protocol
+        from downstream.discovery import learn_codebook
+
+        digest = encoder.digest()
+        if digest not in self._codebooks:
+            self._codebooks[digest] = learn_codebook(encoder, self.samples, self.protocol, seed=self.config.seed)
+        return dataclasses.replace(self.protocol, codebook=self._codebooks[digest])
 
     def _baseline(self, name: str, grid: tuple[int, int]) -> tuple[str, Scores]:
         from downstream import baselines, discovery, metrics, results
@@ -200,12 +211,14 @@ class _Evaluation:
 
         scene = self.samples.scenes(chosen, self.preset)
         size = (self.preset.size, self.preset.size)
-        protocol = self.protocol
-        columns = {encoder.name: enlarge(discovery.segments(encoder, scene.images, protocol)[0], size)}
-        clusters = protocol.grouping.clusters
+        clusters = self.protocol.grouping.clusters
+
+        def segmented(model: Encoder) -> Tensor:
+            return enlarge(discovery.segments(model, scene.images, self._protocol_of(model))[0], size)
+
+        columns = {encoder.name: segmented(encoder)}
         if "random" in self.config.controls:
-            control = self._load(self.config.ckpt or "", "random")
-            columns["random weights"] = enlarge(discovery.segments(control, scene.images, protocol)[0], size)
+            columns["random weights"] = segmented(self._load(self.config.ckpt or "", "random"))
         columns[baselines.TITLES["colour_position"]] = baselines.colour_position(scene, clusters)
         notes = [f"FG-ARI {100 * values[sample]:.0f}" for sample in chosen]
         return pictures.sheet(path, scene.images, columns, truth=scene.instances, notes=notes)

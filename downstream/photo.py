@@ -23,9 +23,15 @@ from pretrain.data.decode import BrokenImageError, decode_image
 
 
 def segment_picture(config: ObjectDiscoveryConfig, out: Path) -> dict[str, Any]:
-    """Segment one picture of the user's; writes NAME_segments.png beside the other results."""
+    """Segment one picture of the user's; writes NAME_segments.png beside the other results.
+
+    Raises:
+        UserError: the picture cannot be read, or one is not enough for the method.
+    """
     assert config.ckpt is not None
     assert config.image is not None
+    if config.method == "codebook":
+        raise UserError("method=codebook learns from a whole data set: one picture needs another method")
     try:
         photo = to_float(decode_image(Path(config.image).read_bytes()))
     except (OSError, BrokenImageError) as error:

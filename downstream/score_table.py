@@ -5,6 +5,7 @@ Owns: what is shown of results.json, which holds more.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ def show(document: dict[str, Any], protocol: dict[str, Any], out: Path) -> None:
     )
     for entry in document["differences"]:
         if entry["score"] == "fg_ari":
+            interval = f" [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}] (95 %, paired bootstrap over images)"
             console.print(
-                f"{entry['model']} - {entry['against']}: FG-ARI {100 * entry['difference']:+.1f} "
-                f"[{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}] (95 %, paired bootstrap over images)",
+                f"{entry['model']} - {entry['against']}: FG-ARI {100 * entry['difference']:+.1f}"
+                + (interval if math.isfinite(entry["low"]) else ""),
                 highlight=False,
             )
     console.print(f"results and pictures: {out}", highlight=False)

@@ -122,5 +122,6 @@ def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _first_lines(error: Any) -> str:
+    """The first lines of torch's message, which names every key: of each line as much as one reads."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])
+    return " ".join(line if len(line) <= 160 else line[:157] + "..." for line in lines[:4])

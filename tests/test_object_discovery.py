@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +242,23 @@ def test_other_protocols_run(scenes: Path, tmp_path: Path, values: dict[str, obj
     plain = {"controls": [], "baselines": [], "pictures": 0, "images": 4}
     done = object_discovery.run(config(scenes, **plain, **values), out_dir=tmp_path)
     assert 0 <= done["models"][0]["scores"]["mbo_i"]["mean"] <= 1
+    assert done["protocol"]["grouping"]["method"] == values.get("method", "linkage")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_pictures_of_a_codebook_are_cut_by_it(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = discovery.segments
+    used: list[bool] = []
+
+    def watched(*given: Any, **more: Any) -> list[torch.Tensor]:
+        used.append(given[2].codebook is not None)
+        return cut(*given, **more)
+
+    monkeypatch.setattr(discovery, "segments", watched)
+    plain = {"controls": ["random"], "baselines": [], "pictures": 2, "images": 4, "starts": 1}
+    object_discovery.run(config(scenes, **plain, method="codebook"), out_dir=tmp_path)
+    assert len(used) > 2
+    assert all(used)
 
 
 def test_colour_baselines_know_colours() -> None:

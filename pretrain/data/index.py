@@ -205,7 +205,11 @@ def _columns(stored: list[str], mapping: Parts | None) -> dict[str, list[int]]:
         wanted = [text.strip().lower() for text in (names.split(";") if isinstance(names, str) else names)]
         found[name] = [stored.index(text) for text in wanted if text in stored]
         if not found[name]:
-            raise UserError(f"data.parts: no {' or '.join(wanted)} in these shards; they have {', '.join(stored)}")
+            there = ", ".join(stored[:10]) + (f" and {len(stored) - 10} more" if len(stored) > 10 else "")
+            raise UserError(
+                f"data.parts: no {' or '.join(wanted)} in these shards; they have {there}; data.key_pattern says how "
+                "names are cut into keys and parts"
+            )
     return found
 
 
