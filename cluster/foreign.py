@@ -1,7 +1,8 @@
-"""Models that are not of this project, asked of timm before a launch and not by the job after its time in the queue.
+"""Models that the schema does not know whole, asked of timm before a launch and not by the job after its time in the
+queue: models that are not of this project, and values of arguments of those that are.
 
-Owns: the question, which a process of its own answers, since the launcher imports no torch: a few seconds for timm's
-models, nothing for ours, which the schema knows.
+Owns: the question, which a process of its own answers, since the launcher imports no torch: a few seconds, and nothing
+for models of ours without arguments.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def _answer(name: str, arguments: str) -> str:
 
 
 def complaint(name: str, arguments: dict[str, Any]) -> str:
-    """What is wrong with a model of timm's; empty if nothing is. Built without memory for its weights."""
+    """What is wrong with a model; empty if nothing is. Built without memory for its weights."""
     import timm
     import torch
+
+    import pretrain  # noqa: F401  (registers the models of this project)
 
     if not timm.is_model(name):
         return f"no model named {name!r}" + nearest(name.split(".")[0], timm.list_models())
