@@ -39,6 +39,7 @@ _SIZES = {
     "clevrtex_l2": (256, 2, 8),
     "clevrtex_large": (512, 2, 8),
     "nano": (128, 1, 8),
+    "nano_l2": (128, 2, 3),
 }
 _NAME = re.compile(r"(?:akorn|itrsa)_(\w+?)_patch(\d+)_(\d+)")
 _GIB = 2**30

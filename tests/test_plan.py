@@ -56,7 +56,8 @@ def test_a_batch_that_does_not_divide_names_what_does() -> None:
 @pytest.mark.parametrize(
     "name",
     ["akorn_tiny_patch16_256", "akorn_small_patch8_256", "akorn_base_patch16_256", "akorn_large_patch16_256",
-     "akorn_clevrtex_l2_patch8_128", "akorn_clevrtex_large_patch8_128", "akorn_nano_patch4_32"],
+     "akorn_clevrtex_l2_patch8_128", "akorn_clevrtex_large_patch8_128", "akorn_nano_patch4_32",
+     "akorn_nano_l2_patch4_32"],
 )  # fmt: skip
 def test_estimated_parameters_are_near_those_of_the_model(name: str) -> None:
     import timm
