@@ -41,7 +41,7 @@ def judge(session: Session, reading: Reading, step: int, stream: int) -> None:
 
     Raises:
         Rollback: `max_bad_steps` in a row.
-        Diverged: the same after a rollback, with no checkpoint since, or from the first step on.
+        Diverged: the same after a rollback, with no checkpoint since, or from the first step of the run on.
     """
     for record in reading.bad:
         _write_samples(session, record)
@@ -49,7 +49,7 @@ def judge(session: Session, reading: Reading, step: int, stream: int) -> None:
         session.events("spike", step=record.step, **figures, **_norms(record))
     if reading.bad_in_row < session.config.resilience.max_bad_steps:
         return
-    hopeless = reading.bad_in_row >= step - session.start
+    hopeless = reading.bad_in_row >= step  # not one good step in the whole run
     if hopeless or (session.is_retry and session.num_saves == 0):
         raise Diverged(_diagnosis(session, reading, step))
     raise Rollback(step, stream)

@@ -182,6 +182,14 @@ def test_hopeless_run_ends_with_a_diagnosis(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.isfinite(tensor).all() for tensor in final_weights(tmp_path).values())
 
 
+def test_bad_steps_right_after_a_restart_are_skipped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_standin(tmp_path, {"steps": 10}) == "finished"
+    monkeypatch.setenv("STANDIN_NAN", ",".join(map(str, range(10, 15))))
+    assert run_standin(tmp_path) == "finished"
+    assert [event["event"] for event in events(tmp_path)].count("rollback") == 1
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 31))
+
+
 def test_full_disk_stops_nothing(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
