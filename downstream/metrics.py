@@ -167,11 +167,11 @@ def score(truth: Tensor, prediction: Tensor, classes: Tensor | None = None) -> d
     """
     shared = overlap(truth, prediction)
     shared = Overlap(shared.objects.cpu(), shared.background.cpu())
-    foreground = fg_ari(shared)
+    foreground, objects = fg_ari(shared), num_objects(shared)
     scores = {
         "fg_ari": foreground,
-        "fg_ari_2": torch.where(num_objects(shared) >= 2, foreground, torch.nan),
-        "ari": ari(shared),
+        "fg_ari_2": torch.where(objects >= 2, foreground, torch.nan),
+        "ari": torch.where(objects > 0, ari(shared), torch.nan),  # of the background alone it is 0 or 1, for nothing
         "mbo_i": mbo(shared),
         "miou": miou(shared),
     }

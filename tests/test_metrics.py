@@ -45,9 +45,9 @@ def test_scores_equal_scikit_learn_and_naive_loops(seed: int, objects: int, segm
     foreground, valid = truth > 0, truth != -1
     if foreground.any():
         assert scores["fg_ari"].item() == pytest.approx(adjusted_rand_score(truth[foreground], prediction[foreground]))
+        assert scores["ari"].item() == pytest.approx(adjusted_rand_score(truth[valid], prediction[valid]))
     else:
-        assert np.isnan(scores["fg_ari"].item())
-    assert scores["ari"].item() == pytest.approx(adjusted_rand_score(truth[valid], prediction[valid]))
+        assert np.isnan([scores["fg_ari"].item(), scores["ari"].item()]).all()
     assert scores["mbo_i"].item() == pytest.approx(naive_mbo(truth, prediction), nan_ok=True)
     two = len(set(truth[foreground].tolist())) >= 2
     assert np.isnan(scores["fg_ari_2"].item()) != two
@@ -75,6 +75,7 @@ def test_images_without_objects_have_no_score() -> None:
     scores = metrics.score(truth, torch.zeros_like(truth))
     assert scores["fg_ari"].tolist() == pytest.approx([1.0, math.nan, math.nan], nan_ok=True)
     assert scores["mbo_i"].tolist() == pytest.approx([1 / 16, math.nan, math.nan], nan_ok=True)
+    assert all(value[1:].isnan().all() for value in scores.values())
 
 
 def test_large_labels_are_renumbered() -> None:
