@@ -51,6 +51,7 @@ def probe_segmentation(
         raise UserError(f"{encoder.name}: features are not finite: the backbone diverged or its weights are damaged")
     classes = int(labels.max()) + 1
     kept, held = probe.split(labels, held_out, seed=seed)
+    tokens, labels = tokens.to(encoder.device), labels.to(encoder.device)
     options = {"classes": classes, "epochs": epochs, "batch_size": 4096, "seed": seed}
     heads = probe.train(tokens[kept], labels[kept], rates=rates, **options)
     accuracy = probe.evaluate(heads, tokens[held], labels[held]).top1
@@ -92,11 +93,11 @@ def token_classes(classes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def confusion(encoder: Encoder, heads: probe.Heads, scene: Scene) -> Tensor:
     """Pixels by (true class, predicted class), [G, G]."""
-    maps = encoder.encode(scene.images).map.cpu()
+    maps = encoder.encode(scene.images).map
     logits = heads.logits(maps.flatten(2).mT.flatten(0, 1))[:, 0]
     planes = logits.view(len(maps), -1, logits.shape[1]).mT.unflatten(2, (maps.shape[2], maps.shape[3]))
     truth = _classes(scene)
-    predicted = F.interpolate(planes, size=truth.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+    predicted = F.interpolate(planes, size=truth.shape[1:], mode="bilinear", align_corners=False).argmax(1).cpu()
     size = max(int(truth.max()) + 1, logits.shape[1])
     valid = truth != IGNORE
     return torch.bincount(truth[valid] * size + predicted[valid], minlength=size * size).view(size, size)
