@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs import LinearProbeConfig, UserError
@@ -56,7 +56,6 @@ class _Probing:
     def __init__(self, config: LinearProbeConfig, out: Path) -> None:
         import os
 
-        from downstream.backbone import load
         from downstream.samples import LABEL, Samples
 
         self.config, self.out, self.began = config, out, time.monotonic()
@@ -68,13 +67,7 @@ class _Probing:
             self._split(share)
         self.made: list[Path] = []  # tables of features that go when all is scored
         self.encoders: dict[str, Encoder] = {}
-        controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
-        for control in controls:
-            encoder = load(
-                config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or config.size,
-                control=control, steps=config.steps, layer=config.layer, device=config.device,
-                precision=config.precision, seed=config.seed,
-            )  # fmt: skip
+        for encoder in _encoders(config, config.size):
             self.encoders[encoder.name] = encoder
         self.size = config.size or self._own_size()
         whole = self._stored_side() <= self.size
@@ -249,11 +242,22 @@ class _Probing:
         return next(iter(self.encoders.values())).device
 
 
+def _encoders(config: LinearProbeConfig, size: int | None) -> Iterator[Encoder]:
+    """The backbone and, if wanted, the untrained one beside it, for images of this size."""
+    from downstream.backbone import load
+
+    controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
+    for control in controls:
+        yield load(
+            config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or size, control=control,
+            steps=config.steps, layer=config.layer, device=config.device, precision=config.precision, seed=config.seed,
+        )  # fmt: skip
+
+
 def _probe_masks(config: LinearProbeConfig, out: Path) -> dict[str, Any]:
     """The segmentation probe, with the untrained backbone beside it; on one process."""
     from configs.presets import PRESETS
     from downstream import results
-    from downstream.backbone import load
     from downstream.samples import CLASSES, Samples
     from downstream.segmentation import probe_segmentation
 
@@ -262,13 +266,7 @@ def _probe_masks(config: LinearProbeConfig, out: Path) -> dict[str, Any]:
     preset = PRESETS[config.segmentation or ""]
     train, test = (Samples(one or "", limit=config.images, needs=(CLASSES,)) for one in (config.train, config.data))
     entries = []
-    controls: tuple[Control | None, ...] = (None, "random") if "random" in config.controls else (None,)
-    for control in controls:
-        encoder = load(
-            config.ckpt or "", arch=config.arch, args=config.args, img_size=config.input_size or preset.size,
-            control=control, steps=config.steps, layer=config.layer, device=config.device,
-            precision=config.precision, seed=config.seed,
-        )  # fmt: skip
+    for encoder in _encoders(config, preset.size):
         found = probe_segmentation(
             encoder, train, test, preset, rates=config.rates, epochs=config.epochs, held_out=config.held_out,
             batch_size=config.batch_size, seed=config.seed,

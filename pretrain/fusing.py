@@ -29,7 +29,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def fused_on_gpu(function: Function) -> Function:
     """Compile `function` for calls whose first argument is on a GPU. Needs a C++ compiler there, else it runs as it is.
 
-    The result is equal up to float rounding. Compiled again for a second shape, with free sizes, and hardly ever after.
+    The result is equal up to float rounding. Compiled again for a second shape, with free sizes, and hardly ever after
+    (but for each size that an operation wants as a number, as the groups of a convolution).
     """
 
     @functools.cache
