@@ -21,7 +21,7 @@ MOST = 1024  # images looked at: the cost is quadratic in them
 
 @torch.no_grad()
 def describe(embeddings: Tensor) -> dict[str, Tensor]:
-    """Measures of embeddings [b, 2, d] of any scale, scalars on their device (no sync, but an SVD on some)."""
+    """Measures of embeddings [b, 2, d] of any scale, scalars on their device (a device sync, for the eigenvalues)."""
     z = F.normalize(embeddings[:MOST].float(), dim=-1)  # [b, 2, d]
     first, second = z.unbind(1)
     return {
