@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _QUERIES = 4096  # queries searched at a time: bounds the scores [Q, G] and the neighbours
+# Features to search in from which a GPU does it. faiss takes 1.5 GB there, which a GPU that trains may not have left.
+LEAST_ON_GPU = 100_000
 
 
 def knn_accuracy(
@@ -53,11 +55,11 @@ def knn_accuracy(
 
 
 def nearest(base: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities [Q, count] falling, and positions [Q, count] in `base`; on the GPU where there is one."""
+    """Cosine similarities [Q, count] falling, and positions [Q, count] in `base`; of many on the GPU, if there is one."""
     import faiss
 
     vectors = [np.ascontiguousarray(F.normalize(one.float(), dim=1).cpu().numpy()) for one in (queries, base)]
-    if faiss.get_num_gpus() > 0:
+    if len(base) >= LEAST_ON_GPU and faiss.get_num_gpus() > 0:
         similarity, index = faiss.knn_gpu(
             faiss.StandardGpuResources(), vectors[0], vectors[1], count, metric=faiss.METRIC_INNER_PRODUCT
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -87,3 +88,13 @@ def test_knn_of_a_low_temperature_trusts_the_nearest_one() -> None:
     train, labels = torch.randn(200, 12, generator=generator), torch.randint(0, 4, (200,), generator=generator)
     found = knn_accuracy(train, labels, train, labels, neighbours=(1, 20), temperature=1e-4)
     assert found[1]["top1"] == found[20]["top1"] == 1.0  # each is its own nearest neighbour
+
+
+def test_a_few_neighbours_are_not_searched_on_a_gpu_that_may_be_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*arguments: object) -> None:
+        raise AssertionError("memory of the GPU")
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", taken, raising=False)
+    train, labels = clouds()
+    assert knn_accuracy(train, labels, train, labels, neighbours=(1,))[1]["top1"] == 1.0

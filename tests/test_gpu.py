@@ -173,15 +173,16 @@ def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(tmp_path: Path) -> None:
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole], rtol=1e-3)
 
 
-def test_neighbours_by_faiss_on_the_gpu() -> None:
+def test_neighbours_by_faiss_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import faiss
 
-    from downstream.neighbours import nearest
+    from downstream import neighbours
 
+    monkeypatch.setattr(neighbours, "LEAST_ON_GPU", 0)
     if not faiss.get_num_gpus():
         pytest.skip("this faiss sees no GPU")
     generator = torch.Generator().manual_seed(0)
     base, queries = (torch.randn(count, 16, generator=generator) for count in (500, 20))
-    similarity, _ = nearest(base, queries, 5)
+    similarity, _ = neighbours.nearest(base, queries, 5)
     expected = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(base).T
     torch.testing.assert_close(similarity, expected.topk(5).values, atol=1e-4, rtol=0)
