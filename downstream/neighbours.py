@@ -55,7 +55,7 @@ def knn_accuracy(
 
 
 def nearest(base: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities [Q, count] falling, and positions [Q, count] in `base`; of many on the GPU, if there is one."""
+    """Cosine similarities [Q, count] falling, and positions [Q, count] in `base`; of many on a GPU, if there is one."""
     import faiss
 
     vectors = [np.ascontiguousarray(F.normalize(one.float(), dim=1).cpu().numpy()) for one in (queries, base)]
