@@ -20,7 +20,7 @@ import re
 import subprocess
 from typing import Any
 
-from configs.models import nearest
+from configs.models import OWN_MODELS, SUDOKU_MODELS, nearest
 
 
 def check(name: str, arguments: dict[str, Any]) -> None:
@@ -28,15 +28,25 @@ def check(name: str, arguments: dict[str, Any]) -> None:
 
     What cannot be asked here (a model of a hub or a folder; no timm on this machine) is left to the job.
     """
-    found = "" if ":" in name else _answer(name, json.dumps(arguments))
+    found = "" if ":" in name else _answer(name, json.dumps(arguments))["complaint"]
     if found:
         raise ValueError(found)
 
 
+def has_batch_norm(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether a model has BatchNorm; False where that cannot be asked here."""
+    own = name.split(".")[0]
+    if own in (*OWN_MODELS, *SUDOKU_MODELS):
+        return own.startswith("akorn_classifier") and bool(arguments.get("batch_norm", True))
+    return ":" not in name and bool(_answer(name, json.dumps(arguments))["batch_norm"])
+
+
 @functools.cache  # runs of a sweep ask the same
-def _answer(name: str, arguments: str) -> str:
+def _answer(name: str, arguments: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, __file__, name, arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    if done.returncode:
+        return {"complaint": "", "batch_norm": False}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def complaint(name: str, arguments: dict[str, Any]) -> str:
@@ -61,5 +71,23 @@ def complaint(name: str, arguments: dict[str, Any]) -> str:
     return ""
 
 
+def normalises_batches(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm's model has BatchNorm; False where it is not one that can be built without memory."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **arguments)
+    except Exception:  # whatever is wrong with it is `complaint`'s to say
+        return False
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def main(name: str, arguments: dict[str, Any]) -> None:
+    """The answers, as JSON on standard output."""
+    print(json.dumps({"complaint": complaint(name, arguments), "batch_norm": normalises_batches(name, arguments)}))
+
+
 if __name__ == "__main__":
-    print(complaint(sys.argv[1], json.loads(sys.argv[2])))
+    main(sys.argv[1], json.loads(sys.argv[2]))

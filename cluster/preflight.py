@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster import slurm
+from cluster import foreign, slurm
 from cluster.chain import Link, backbones, evaluations
 from cluster.locate import shown
 from cluster.memory import GPU_GIB, checkpoint_gib, estimate_gib
@@ -284,6 +284,19 @@ def gpu_checks(here: Resources) -> list[Check]:
     return [Check("cluster.processes", "error", text)]
 
 
+def norm_checks(config: PretrainConfig, plan: Plan) -> Iterator[Check]:
+    """BatchNorm sees one process's chunk: with several of them the training would depend on their number."""
+    model, several = config.model, plan.world_size > 1 or config.compute.micro_batch is not None
+    if several and foreign.has_batch_norm(model.name, model.args):
+        ours = " (model.args.batch_norm=false)" if model.name.startswith("akorn") else ""
+        yield Check(
+            "model", "error",
+            f"model.name={model.name} has BatchNorm, whose result depends on the number of processes "
+            f"({plan.world_size} here) and on compute.micro_batch\n       use one process without micro-batches, or a "
+            f"model without BatchNorm{ours}",
+        )  # fmt: skip
+
+
 def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[str, Resources]) -> list[Check]:
     """All checks of a launch but those of its data. Resources have been resolved before."""
     found = [*home_checks(config, home), *version_checks()]
@@ -291,7 +304,7 @@ def checks(config: AnyJob, home: Path, chain: Sequence[Link], resources: dict[st
         here = resources[chain[0].name]
         plan = plan_of(config, here)
         found.append(memory_check(config, plan, here))
-        found += [*training_checks(config, plan), *gpu_checks(here)]
+        found += [*training_checks(config, plan), *norm_checks(config, plan), *gpu_checks(here)]
     for link in chain:
         if resources[link.name].executor == "slurm":
             found += [check for check in slurm_checks(resources[link.name]) if check not in found]
