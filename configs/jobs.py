@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from configs.cluster import Cluster
 from configs.models import Argument, nearest
 from configs.presets import PRESETS
-from configs.section import Section
+from configs.section import Section, Seed
 
 
 class EvaluationConfig(Section):
@@ -25,7 +25,7 @@ class EvaluationConfig(Section):
     runs_dir: str = Field("runs", description="folder of all runs")
     images: PositiveInt | None = Field(None, description="evaluate on the first so many images only")
     batch_size: PositiveInt = Field(64, description="images per forward pass and process")
-    seed: NonNegativeInt = Field(0, description="of every random choice")
+    seed: Seed = Field(0, description="of every random choice")
     cluster: Cluster = Cluster()
 
     def lacking(self) -> list[str]:

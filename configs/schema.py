@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -16,7 +16,7 @@ from configs.cluster import Cluster
 from configs.jobs import DownstreamJob
 from configs.models import SUDOKU_MODELS, Model, nearest
 from configs.presets import PRESETS
-from configs.section import Section
+from configs.section import Section, Seed
 from configs.tasks import AnyTask, Share, SimclrTask
 
 
@@ -86,13 +86,16 @@ class Views(Section):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """The optimizer. Weight decay falls on matrices only: not on GTA, Omega, gamma, biases and norms."""
 
     name: Literal["adamw", "adam", "lars"] = Field("adamw", description="lars: by parameter, ZeRO stage 0 only")
     lr: PositiveFloat = Field(1e-3, description="peak learning rate for the global batch as given (no scaling rule)")
     weight_decay: NonNegativeFloat = Field(0.0, description="weight decay on matrices")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's decay rates")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     eps: PositiveFloat = Field(1e-8, description="Adam's epsilon")
     momentum: Share = Field(0.9, description="LARS's momentum")
     trust: PositiveFloat = Field(1e-3, description="LARS's trust coefficient")
@@ -201,7 +204,7 @@ class Observers(Section):
         return self
 
 
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
 
 class PretrainConfig(Section):
@@ -210,7 +213,7 @@ class PretrainConfig(Section):
     job: Literal["pretrain"] = Field("pretrain", description="what this file describes")
     name: str = Field(pattern=RUN_NAME, description="the run's folder is RUNS_DIR/NAME")
     runs_dir: str = Field("runs", description="folder of all runs")
-    seed: NonNegativeInt = Field(0, description="decides initial weights, order, views and oscillators")
+    seed: Seed = Field(0, description="decides initial weights, order, views and oscillators")
     init_from: str | None = Field(None, description="run, checkpoint or export whose weights a new run starts from")
     batch_size: PositiveInt = Field(description="images per step over all processes")
     epochs: PositiveFloat | None = Field(None, description="length of the run in passes over the data")

@@ -259,3 +259,11 @@ def test_wrong_arguments_name_the_choices() -> None:
         network(num_steps=[1, 2, 3])
     with pytest.raises(ValueError, match="smaller than patch_size"):
         network(img_size=3)
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, [3, -2]])
+def test_steps_are_whole_numbers(steps: Any) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        network(num_steps=steps)
+    with pytest.raises(ValueError, match="whole number"):
+        network().set_steps(steps)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from configs.loader import JOBS, _sections_in
 from configs.models import OWN_ARGUMENTS, OWN_MODELS
-from configs.schema import Data
+from configs.schema import Data, PretrainConfig
 from configs.section import Section
 
 
@@ -62,3 +63,21 @@ def test_model_arguments_equal_the_constructors() -> None:
                 constructor = type(timm.create_model(name))
         known = set(inspect.signature(constructor).parameters) - {"self", "kwargs", "kind"}
         assert set(arguments) == known
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**63),
+        ("name", "x" * 201),
+        ("optimizer", {"lr": float("inf")}),
+        ("optimizer", {"betas": (0.9, 1.0)}),
+        ("task", {"name": "simclr", "temperature": float("inf")}),
+    ],
+)
+def test_numbers_that_only_a_job_would_stumble_over_are_refused(key: str, value: object) -> None:
+    plain = {"name": "x", "batch_size": 4, "steps": 1, "model": {"name": "resnet18"}, "data": {"shards": "here"}}
+    plain["views"] = {"size": 32}
+    PretrainConfig.model_validate(plain)
+    with pytest.raises(ValidationError):
+        PretrainConfig.model_validate({**plain, key: value})

@@ -15,6 +15,7 @@ from skimage import data
 from configs.errors import UserError
 from configs.schema import PretrainConfig
 from pretrain.data.batch import Batch
+from pretrain.data.decode import BrokenImageError
 from pretrain.tasks import make_task
 from pretrain.tasks.classify import ClassifyTransform, augmix
 
@@ -91,8 +92,27 @@ def test_augmix_is_keyed_and_leaves_the_stream_alone() -> None:
     assert one.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("label", "message"), [(b"", "no label"), (b"7", "label 7, but task.num_classes=5")])
-def test_bad_labels_are_named(label: bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("label", "kind", "message"),
+    [
+        (b"", BrokenImageError, "no label"),  # a broken sample, which the loader replaces
+        (b"tench", BrokenImageError, "no label"),
+        (b"7", UserError, "label 7, but task.num_classes=5"),
+    ],
+)
+def test_bad_labels_are_named(label: bytes, kind: type[Exception], message: str) -> None:
     transform = ClassifyTransform(config_of().views, 0, 5, 10**6)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(kind, match=message):
         made_of(transform, sample(label), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1}, r"224 x 224 .*views\.size=32.*img_size=32"),
+        ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "dynamic_img_size": True, "patch_size": 64}, "a patch"),
+    ],
+)
+def test_views_that_a_model_cannot_take_are_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task(config_of(name, **arguments))

@@ -18,7 +18,7 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from pretrain.models.backbone import PatchBackbone, Size, map_of, per_block
+from pretrain.models.backbone import PatchBackbone, Size, map_of, per_block, steps_per_block
 from pretrain.models.connectivity import Grid, make_coupling
 from pretrain.models.kuramoto import KuramotoLayer, Readout, make_omega
 from pretrain.models.oscillators import OscillatorOutput, Recorder, Starts
@@ -118,7 +118,7 @@ class AKOrN(PatchBackbone, Starts):
             )  # fmt: skip
 
         each = (per_block(coupling, depth, "coupling"), per_block(kernel_size, depth, "kernel_size"),
-                per_block(num_steps, depth, "num_steps"))  # fmt: skip
+                steps_per_block(num_steps, depth))  # fmt: skip
         self.blocks = Blocks(map(make_block, range(depth), *each))
         self.norm = nn.Identity()
         self._init_start(n, start_seed)
@@ -143,7 +143,7 @@ class AKOrN(PatchBackbone, Starts):
 
     def set_steps(self, num_steps: int | Sequence[int]) -> None:
         """T from now on: one for all blocks or one each."""
-        for block, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
+        for block, steps in zip(self.blocks, steps_per_block(num_steps, len(self.blocks)), strict=True):
             block.kuramoto.num_steps = steps
         update_model_args(self, num_steps=num_steps)
 

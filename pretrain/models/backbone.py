@@ -45,6 +45,15 @@ def per_block(value: Any, depth: int, name: str) -> list[Any]:
     return list(value)
 
 
+def steps_per_block(num_steps: Any, depth: int) -> list[int]:
+    """T of each block, from one number for all or one for each."""
+    steps = per_block(num_steps, depth, "num_steps")
+    for value in steps:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"num_steps must be a whole number from 0 on, not {value}")
+    return steps
+
+
 def initialise(model: nn.Module) -> None:
     """Set every parameter, after filling all with NaN: one that no initialiser reaches is seen at the first forward."""
     layers = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, nn.Embedding)

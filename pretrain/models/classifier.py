@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
-from pretrain.models.backbone import Backbone, Size, map_of, per_block, tokens_of
+from pretrain.models.backbone import Backbone, Size, map_of, per_block, steps_per_block, tokens_of
 from pretrain.models.connectivity import Grid, make_coupling
 from pretrain.models.kuramoto import TINY, KuramotoLayer, make_omega, squared_norm
 from pretrain.models.oscillators import OscillatorOutput, Recorder, Starts
@@ -174,7 +174,7 @@ class KuramotoClassifier(Backbone, Starts):
             down = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1) if i else None
             return Stage(down, layer, ReadingStack(dim, readout_n, readout_kernel, batch_norm=batch_norm))
 
-        steps = per_block(num_steps, depth, "num_steps")
+        steps = steps_per_block(num_steps, depth)
         self.blocks = Stages(map(make_stage, range(depth), kinds, kernels, steps))
         self.norm = nn.Identity()
         self._init_start(n, start_seed)
@@ -206,7 +206,7 @@ class KuramotoClassifier(Backbone, Starts):
 
     def set_steps(self, num_steps: int | Sequence[int]) -> None:
         """T from now on: one for all stages or one each."""
-        for stage, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
+        for stage, steps in zip(self.blocks, steps_per_block(num_steps, len(self.blocks)), strict=True):
             stage.kuramoto.num_steps = steps
         update_model_args(self, num_steps=num_steps)
 

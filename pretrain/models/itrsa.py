@@ -18,7 +18,7 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.backbone import PatchBackbone, Size, per_block
+from pretrain.models.backbone import PatchBackbone, Size, steps_per_block
 from pretrain.models.connectivity import AttentionCoupling, Grid
 from pretrain.models.positions import resample_tokens, sine_cosine
 
@@ -126,7 +126,7 @@ class ItrSA(PatchBackbone):
             ItrSABlock(
                 embed_dim, num_heads, round(mlp_ratio * embed_dim), grid=grid, num_steps=steps, norm_layer=norm_layer
             )
-            for steps in per_block(num_steps, depth, "num_steps")
+            for steps in steps_per_block(num_steps, depth)
         )
         self.norm = make_norm(norm_layer, embed_dim)
         self._finish_patches()
@@ -138,7 +138,7 @@ class ItrSA(PatchBackbone):
 
     def set_steps(self, num_steps: int | Sequence[int]) -> None:
         """T from now on: one for all blocks or one each."""
-        for block, steps in zip(self.blocks, per_block(num_steps, len(self.blocks), "num_steps"), strict=True):
+        for block, steps in zip(self.blocks, steps_per_block(num_steps, len(self.blocks)), strict=True):
             block.num_steps = steps
         update_model_args(self, num_steps=num_steps)
 

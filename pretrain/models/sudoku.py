@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.backbone import initialise
+from pretrain.models.backbone import initialise, steps_per_block
 from pretrain.models.connectivity import AttentionCoupling
 from pretrain.models.itrsa import ItrSABlock, ItrSABlocks, make_norm
 from pretrain.models.kuramoto import KuramotoLayer, Readout, make_omega
@@ -94,6 +94,7 @@ class SudokuNet(Starts):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is unknown: one of {', '.join(KINDS)}")
+        steps_per_block(num_steps, depth)
         self.kind, self.embed_dim, self.grid = kind, embed_dim, GRID
         self.embedding = nn.Embedding(10, embed_dim)
         self.gamma = nn.Parameter(torch.empty(1)) if learn_gamma and kind == "akorn" else None

@@ -9,7 +9,9 @@ this rank's samples at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from configs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +74,34 @@ def make_task(config: PretrainConfig) -> Task:
     Raises:
         UserError: the model does not exist or does not fit the task.
     """
-    if config.task.name == "classify":
-        from pretrain.tasks.classify import Classify
-
-        return Classify(config)
     if config.task.name == "sudoku":
         from pretrain.tasks.sudoku import Sudoku
 
         return Sudoku(config)
-    from pretrain.tasks.simclr import Simclr
+    task: Task
+    if config.task.name == "classify":
+        from pretrain.tasks.classify import Classify
 
-    return Simclr(config)
+        task = Classify(config)
+    else:
+        from pretrain.tasks.simclr import Simclr
+
+        task = Simclr(config)
+    _check_size(task.backbone, config)
+    return task
+
+
+def _check_size(backbone: Any, config: PretrainConfig) -> None:
+    """Refuse views that a model with patches cannot take: other than the size it insists on, or less than a patch."""
+    embedding = getattr(backbone, "patch_embed", None)
+    own, patch = getattr(embedding, "img_size", None), getattr(embedding, "patch_size", None)
+    if own is None or patch is None or config.views is None or getattr(backbone, "rescale_input", False):
+        return
+    size = config.views.size
+    if getattr(embedding, "strict_img_size", False) and tuple(own) != (size, size):
+        raise UserError(
+            f"model.name={config.model.name} takes images of {own[0]} x {own[1]} pixels, not views.size={size}: "
+            f"set model.args.img_size={size}, or views.size"
+        )
+    if size < max(patch):
+        raise UserError(f"views.size={size} is less than a patch of model.name={config.model.name}: {max(patch)}")

@@ -23,6 +23,7 @@ from configs.errors import UserError
 from configs.schema import PretrainConfig, Views
 from configs.tasks import ClassifyTask
 from pretrain.data import counter
+from pretrain.data.decode import BrokenImageError
 from pretrain.data.fetch import Work
 from pretrain.data.views import SimclrTransform
 
@@ -49,8 +50,8 @@ class ClassifyTransform:
         """Returns what makes {"images": uint8 [1, 3, S, S], "colour": float32 [1, P], "label": int64 []}.
 
         Raises:
-            UserError: no label, or one beyond the number of classes.
-            BrokenImageError: the image cannot be decoded.
+            UserError: a label beyond the number of classes.
+            BrokenImageError: no label, or the image cannot be decoded.
         """
         label = self._label(parts)
         crops, key = draws
@@ -69,7 +70,7 @@ class ClassifyTransform:
     def _label(self, parts: Mapping[str, Any]) -> int:
         text = bytes(parts.get("cls", b"")).strip()
         if not text.isdigit():
-            raise UserError("a sample has no label (part `cls`): task classify needs labelled shards")
+            raise BrokenImageError("no label (an integer in the part `cls`), which task classify needs")
         if int(text) >= self.num_classes:
             raise UserError(f"a sample has label {int(text)}, but task.num_classes={self.num_classes}")
         return int(text)
