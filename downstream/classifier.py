@@ -83,7 +83,7 @@ def _of_folder(ckpt: Path) -> Any:
             with quiet():
                 model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{ckpt} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{ckpt} cannot be loaded: {_said(error)}") from error
         if (folder / fingerprint.FILE).is_file():
             fingerprint.check(model, folder)
     return model
@@ -106,7 +106,13 @@ def _of_file_or_name(ckpt: str, arch: str | None, args: dict[str, Any]) -> Any:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{ckpt} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{ckpt} cannot be loaded: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """The line of an error that tells most: the first, or what stands below a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _published(path: Path, args: dict[str, Any]) -> Any:
