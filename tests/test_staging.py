@@ -97,6 +97,18 @@ def test_least_recently_used_leaves_first_and_readers_keep_their_bytes(tmp_path:
         assert held.read() == (tmp_path / "b.tar").read_bytes()
 
 
+def test_room_is_made_of_staged_shards_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    others = [cache / name for name in ("index-1971392be7957df6.safetensors", "thesis.tex", "0123456789.tar")]
+    for other in others:
+        other.write_bytes(b"x" * 200_000)
+        os.utime(other, ns=(1, 1))
+    staging = Staging(cache, limit_bytes=250_000)
+    staged = [staging.path(f"pipe:cat {tmp_path}/{name}", **shard(tmp_path, name)) for name in ("a.tar", "b.tar")]
+    assert [path.exists() for path in (*others, *staged)] == [True, True, True, False, True]
+
+
 def test_a_stalled_read_is_an_error_in_time_and_its_processes_end(tmp_path: Path) -> None:
     known = shard(tmp_path)
     staging = Staging(tmp_path / "cache", timeout_s=0.3, retries=1)

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, cast
 from pretrain.data.location import is_remote
 
 CHUNK = 1 << 20
+STAGED = re.compile(r"[0-9a-f]{16}-")  # names of staged shards: see `path`
 
 
 class StagingError(RuntimeError):
@@ -228,10 +229,13 @@ class Staging:
             raise ShardChangedError(f"{url} is not the shard that was indexed: its size or checksum differs")
 
     def _make_room(self, num_bytes: int) -> None:
-        """Unlink the shards used longest ago until `num_bytes` more fit. Several processes may do it at once."""
+        """Unlink the shards used longest ago until `num_bytes` more fit. Several processes may do it at once.
+
+        Nothing else in the folder is touched: the set's index may lie there, and files of the user's own.
+        """
         shards = []
         for entry in os.scandir(self.folder):
-            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+            if STAGED.match(entry.name) and entry.is_file(follow_symlinks=False):
                 try:
                     shards.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
                 except FileNotFoundError:
