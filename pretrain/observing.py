@@ -90,6 +90,7 @@ class Observing:
         kernels.fastest(self._backbone)  # what is compiled for training would be compiled again for evaluation
         self._thread: threading.Thread | None = None
         self._process: Any = None
+        self._is_closing = False
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()
 
     def begin(
@@ -129,6 +130,7 @@ class Observing:
 
     def close(self) -> None:
         """End the evaluation under way."""
+        self._is_closing = True
         if self._thread is not None:
             if self._process is not None:
                 self._process.kill()
@@ -146,7 +148,8 @@ class Observing:
             ours.send_bytes(pickle.dumps(job))  # `send` would share the tensors' memory instead of copying it
             answer = ours.recv()  # from our own child, over a pipe that nobody else holds
         except (EOFError, OSError, pickle.PicklingError) as error:
-            answer = f"its process ended early ({type(error).__name__} {error})"
+            early = f"its process ended early ({type(error).__name__} {error})"
+            answer = "the training ended before it did" if self._is_closing else early
         finally:
             ours.close()
         if isinstance(answer, dict):
