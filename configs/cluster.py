@@ -34,7 +34,9 @@ class Cluster(Section):
     constraint: str | None = Field(None, description="SLURM constraint, e.g. a100|h100")
     exclude: str | None = Field(None, description="nodes not to use")
     srun_args: tuple[str, ...] = Field((), description="further options of srun, e.g. --container-image=...")
-    sbatch_args: dict[str, str | int] = Field(default_factory=dict, description="further options of sbatch by name")
+    sbatch_args: dict[str, str | int | Literal[True]] = Field(
+        default_factory=dict, description="further options of sbatch by name; true: without a value"
+    )
     setup: tuple[str, ...] = Field((), description="shell lines to run on the node before the job, e.g. module load")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of the job")
     port: int | None = Field(None, ge=1024, le=65535, description="rendezvous port; default: chosen from the job id")

@@ -153,6 +153,7 @@ def test_a_script_for_slurm_can_be_seen_without_slurm(place: Path, capsys: pytes
         ("memory_gb=32", ["#SBATCH --mem=32GB"]),
         ("time_min=300 signal_s=90", ["#SBATCH --time=300", "#SBATCH --signal=USR2@90"]),
         ("sbatch_args={comment:hi}", ["#SBATCH --comment=hi"]),
+        ("sbatch_args={exclusive:true,nice:1}", ["#SBATCH --exclusive\n", "#SBATCH --nice=1"]),
         ("srun_args=[--container-image=a]", [" --kill-on-bad-exit=1 --container-image=a "]),
         ("setup=[source]", ["trap : USR2\n    source\n    export "]),
         ("interface=ib0", ["export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"]),
