@@ -148,9 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.config} trains on no images (job: {config.job}): bench measures pretraining")
     if args.against and config.task.name != "simclr":
         raise UserError(f"--against {args.against} is for task simclr, which {args.config} is not")
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {args.rounds}")
     if args.processes:
         keep = [args.config, *args.overrides, "--rounds", str(args.rounds)]
-        results = scaling(keep, [int(count) for count in args.processes.split(",")])
+        counts = [int(count) if count.isdecimal() else 0 for count in args.processes.split(",")]
+        if 0 in counts:
+            raise UserError(f"--processes takes numbers from 1 on, such as 1,2,4, not {args.processes}")
+        results = scaling(keep, counts)
     else:
         results = [measure(config, against=args.against, rounds=args.rounds)]
     if int(os.environ.get("RANK", "0")) == 0:

@@ -79,7 +79,9 @@ class Ours:
             part.kernel = "plain"
         shape = getattr(self.task.backbone, "start_shape", None)
         start = None if shape is None else torch.randn(1, *shape(self.size))
+        module.eval()  # of one view BatchNorm can make no statistics
         count = flops_per_view(module, torch.randn(1, 3, self.size, self.size), start)
+        module.train()
         for part, kernel in before:
             part.kernel = kernel
         return count

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.loader import load
-from pretrain import bench, timing, workloads
+from pretrain import bench, distributed, timing, workloads
 from pretrain.data import bench as data_bench
 from pretrain.tasks.nt_xent import nt_xent
 from tests.plain.loss import nt_xent as full_nt_xent
@@ -156,8 +156,6 @@ def test_command_prints_one_line_of_json(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_a_step_of_a_classifier_takes_one_view_and_a_label() -> None:
-    from pretrain import distributed
-
     small = ["model.name=resnet18", "model.args.channels=[4,4,4,4]", "batch_size=4"]
     ours = workloads.Ours(load("classify.yaml", small), distributed.join())
     loss = ours.step(timing.Clock(CPU))
@@ -165,6 +163,19 @@ def test_a_step_of_a_classifier_takes_one_view_and_a_label() -> None:
     assert 1 < loss < 6  # about ln 10
     with pytest.raises(UserError, match="--against plain is for task simclr"):
         bench.main(["classify.yaml", "--against", "plain"])
+
+
+def test_flops_of_a_model_with_batch_norm_are_counted() -> None:
+    config = load("cifar10.yaml", ["model.name=resnet10t", "batch_size=2", "compute.precision=fp32"])
+    workload = workloads.Ours(config, distributed.join())
+    assert workload.flops_per_view() > 1e6
+    assert workload.task.module.training
+
+
+@pytest.mark.parametrize("more", [["--rounds", "0"], ["--processes", "1,x"], ["--processes", "0"]])
+def test_numbers_that_measure_nothing_are_refused(more: list[str]) -> None:
+    with pytest.raises(UserError, match=more[0]):
+        bench.main(["cifar10.yaml", *more])
 
 
 def test_a_config_without_images_is_refused(tmp_path: Path) -> None:
