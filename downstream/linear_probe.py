@@ -14,6 +14,7 @@ if __package__ in (None, ""):
 
 import contextlib
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,10 @@ class _Probing:
         model = next(iter(self.encoders.values())).model
         return int(model.pretrained_cfg["input_size"][-1])
 
-    def _stored_side(self) -> int:
-        return min(self.train.image(0).shape[1:])
+    def _stored_side(self) -> float:
+        """Usual shorter side of the training images: the median of some of them, since the first may be an odd one."""
+        some = range(0, len(self.train), max(1, len(self.train) // 15))
+        return statistics.median(min(self.train.image(sample).shape[1:]) for sample in some)
 
     def run(self) -> dict[str, Any]:
         from downstream import results

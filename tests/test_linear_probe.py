@@ -188,6 +188,17 @@ def test_shares_of_the_labels_lie_between_none_and_all(shards: tuple[Path, Path]
         config(shards, low_shot=[share])
 
 
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("first", [32, 64])
+def test_one_small_image_does_not_change_how_all_are_cut(tmp_path: Path, first: int) -> None:
+    with ShardWriter(tmp_path / "a-000000.tar") as writer:
+        for number, side in enumerate([first, *[64] * 7]):
+            image = png(np.full((side, side + 8, 3), number, np.uint8))
+            writer.write(f"{number:04d}", {"png": image, "cls": str(number % 2).encode()})
+    probing = linear_probe._Probing(config((tmp_path, tmp_path), size=32, controls=[]), tmp_path / "out")
+    assert probing.resize == 37
+
+
 @pytest.mark.parametrize("key", ["rates", "features"])
 def test_a_probe_needs_something_to_learn_from(shards: tuple[Path, Path], key: str) -> None:
     with pytest.raises(ValidationError, match=key):
