@@ -80,5 +80,6 @@ def _diagnosis(session: Session, reading: Reading, step: int) -> str:
     return (
         f"the gradient was not finite in {reading.bad_in_row} steps in a row up to step {step}, and going back did not "
         f"help (learning rate {rate:.3g}, precision {precision}, clip {session.config.optimizer.clip}); look at the "
-        f"samples in {where}, then lower optimizer.lr, set optimizer.clip, or try compute.precision=fp32"
+        f"samples in {where}, then lower optimizer.lr, set optimizer.clip"
+        + (", or try compute.precision=fp32" if precision != "fp32" else " or make it smaller")
     )
