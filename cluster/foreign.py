@@ -1,8 +1,7 @@
-"""Models that the schema does not know whole, asked of timm before a launch and not by the job after its time in the
-queue: models that are not of this project, and values of arguments of those that are.
+"""Models that are not of this project, asked of timm before a launch and not by the job after its time in the queue.
 
-Owns: the question, which a process of its own answers, since the launcher imports no torch: a few seconds, and nothing
-for models of ours without arguments.
+Owns: the question, which a process of its own answers, since the launcher imports no torch: a few seconds for timm's
+models, nothing for ours, which the schema knows.
 """
 
 from __future__ import annotations
@@ -50,11 +49,9 @@ def _answer(name: str, arguments: str) -> dict[str, Any]:
 
 
 def complaint(name: str, arguments: dict[str, Any]) -> str:
-    """What is wrong with a model; empty if nothing is. Built without memory for its weights."""
+    """What is wrong with a model of timm's; empty if nothing is. Built without memory for its weights."""
     import timm
     import torch
-
-    import pretrain  # noqa: F401  (registers the models of this project)
 
     if not timm.is_model(name):
         return f"no model named {name!r}" + nearest(name.split(".")[0], timm.list_models())

@@ -2,8 +2,7 @@
 
 Owns: the names this project registers with timm, and the arguments they take. Both are held equal to the code of the
 models by a test, so that a typing error in a YAML fails at the prompt and not in a queue. Any other name is taken for
-one of timm's own models; of it, and of the values of arguments, a launch asks timm (cluster/foreign.py), through the
-context of the validation.
+one of timm's own models; of it a launch asks timm (cluster/foreign.py), through the context of the validation.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class Model(Section):
         for key in self.args if known else ():
             if known and key not in known:
                 raise ValueError(f"{self.name} takes no argument {key!r}" + nearest(key, known))
-        if info.context is not None and (known is None or (self.args and own not in SUDOKU_MODELS)):
+        if known is None and info.context is not None:
             info.context(self.name, self.args)
         return self
 

@@ -18,9 +18,8 @@ MAY_IMPORT = {
     "downstream": {"downstream", "pretrain", "configs"},
     "cluster": {"cluster", "configs"},
 }
-# What runs in a process that is not the launcher's (in the job on a node, or to be asked about a model) may reach for
-# everything, inside its functions.
-ELSEWHERE = {"cluster/job.py", "cluster/foreign.py"}
+# What runs inside the job on a node may reach for everything, inside its functions.
+INSIDE_JOB = {"cluster/job.py"}
 ENTRY_POINTS = (
     "cluster/launch.py",
     "pretrain/make_shards.py",
@@ -58,7 +57,7 @@ def test_imports_point_one_way(path: Path) -> None:
     package = relative.split("/")[0]
     tree = ast.parse(path.read_text())
     ours = set(_imported_packages(tree)) & set(PACKAGES)
-    if relative in ELSEWHERE:
+    if relative in INSIDE_JOB:
         top = ast.Module(
             body=[node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)], type_ignores=[]
         )
