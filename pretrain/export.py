@@ -108,9 +108,11 @@ def _write(folder: Path, backbone: Any, config: PretrainConfig) -> None:
         from timm.models import save_for_hf
 
         size = config.views.size if config.views is not None else backbone.pretrained_cfg["input_size"][-1]
+        # timm knows the pool by its own name of it, and refuses another: "avg" is "fastavg" in a head.
+        arguments = {key: value for key, value in config.model.args.items() if key != "global_pool"}
         with quiet():
             save_for_hf(
-                backbone, str(folder), model_args=dict(config.model.args), safe_serialization=True,
+                backbone, str(folder), model_args=arguments, safe_serialization=True,
                 data_config={"input_size": (3, size, size)},
             )  # fmt: skip
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors: for nobody else

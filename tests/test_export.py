@@ -144,3 +144,15 @@ def test_errors_name_what_is_missing(run_dir: Path, tmp_path: Path) -> None:
         export.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="no whole checkpoint"):
         export.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("name", "pool"), [("akorn_nano_patch4_32", "avg"), ("itrsa_nano_patch4_32", "catavgmax")])
+def test_a_pooling_of_ones_own_is_exported(tmp_path: Path, name: str, pool: str) -> None:
+    import timm
+
+    config = settings(model={"name": name, "args": {"num_steps": 1, "global_pool": pool}}, views={"size": 32})
+    backbone = timm.create_model(name, num_classes=0, num_steps=1, global_pool=pool).eval()
+    export._write(tmp_path / "export", backbone, config)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    images = fingerprint.fixed_input([2, 3, 32, 32])
+    assert torch.equal(loaded(images), backbone(images))
