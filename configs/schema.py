@@ -250,9 +250,22 @@ class PretrainConfig(Section):
             raise ValueError(f"task {self.task.name} needs a views section with at least views.size")
         if (self.task.name == "sudoku") != (self.model.name in SUDOKU_MODELS):
             raise ValueError(f"model.name={self.model.name} does not fit task {self.task.name}")
+        self._check_image_model()
         if self.optimizer.name == "lars" and self.compute.zero_stage > 0:
             raise ValueError("optimizer.name=lars needs compute.zero_stage=0: its norms are by parameter")
         return self
+
+    def _check_image_model(self) -> None:
+        """Refuse arguments of the model that are the task's to decide."""
+        arguments = self.model.args if self.task.name != "sudoku" else {}
+        if arguments.get("in_chans", 3) != 3:
+            raise ValueError("model.args.in_chans must be 3: images are read as RGB, grey ones too")
+        if "num_classes" in arguments:
+            raise ValueError(
+                "model.args.num_classes is the task's: classify has task.num_classes, simclr trains without classes"
+            )
+        if self.task.name == "simclr" and arguments.get("global_pool") == "":
+            raise ValueError("model.args.global_pool must not be empty: simclr compares one vector of each view")
 
     def num_steps(self, num_samples: int) -> int:
         """Length of the run over so many images: as given, or epochs rounded up to whole global batches."""

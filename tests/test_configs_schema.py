@@ -73,9 +73,12 @@ def test_model_arguments_equal_the_constructors() -> None:
         ("optimizer", {"lr": float("inf")}),
         ("optimizer", {"betas": (0.9, 1.0)}),
         ("task", {"name": "simclr", "temperature": float("inf")}),
+        ("model", {"name": "resnet18", "args": {"in_chans": 1}}),
+        ("model", {"name": "resnet18", "args": {"num_classes": 10}}),
+        ("model", {"name": "resnet18", "args": {"global_pool": ""}}),
     ],
 )
-def test_numbers_that_only_a_job_would_stumble_over_are_refused(key: str, value: object) -> None:
+def test_what_only_a_job_would_stumble_over_is_refused(key: str, value: object) -> None:
     plain = {"name": "x", "batch_size": 4, "steps": 1, "model": {"name": "resnet18"}, "data": {"shards": "here"}}
     plain["views"] = {"size": 32}
     PretrainConfig.model_validate(plain)
