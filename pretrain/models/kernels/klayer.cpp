@@ -1,5 +1,6 @@
 // All T steps of a Kuramoto layer with attention coupling, and the readout, forward and backward, on CPUs with AVX-512
-// (with products in bf16 too, if possible by AMX). The equations are those of kuramoto.py and connectivity.py, which stay the reference.
+// (with products in bf16 too, if possible by AMX). The equations are those of kuramoto.py and connectivity.py, which
+// stay the reference.
 //
 // One thread takes one image at a time through all steps, so that queries, keys, attention and the update stay in its
 // second-level cache; only what the backward needs goes to memory. Called through ctypes by native.py: no torch here.

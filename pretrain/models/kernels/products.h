@@ -1,5 +1,5 @@
-// Small matrix products whose operands stay in cache, in fp32 (AVX-512) and bf16 (AMX, or AVX-512's own), and the packing
-// they need.
+// Small matrix products whose operands stay in cache, in fp32 (AVX-512) and bf16 (AMX, or AVX-512's own), and the
+// packing they need.
 //
 // A: rows x depth, row-major. B: panels of 16 columns, [columns/16][depth][16] floats or [columns/16][depth/2][16][2] bf16.
 // Rows and columns are multiples of 16, depths of 16, or of 32 for AMX.
